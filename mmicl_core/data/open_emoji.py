@@ -35,7 +35,7 @@ __all__ = ["STYLES", "THINGS", "Style", "build_open_emoji"]
 
 CANVAS_PIXELS = 72
 BOX_PIXELS = 64
-WEBP_QUALITY = 90
+WEBP_QUALITY = 95
 SHARD_IMAGE_BYTES = 2 * 2**20
 HELD_OUT_STYLE = "twemoji"
 HELD_OUT_MIN_PICTURES = 9
@@ -184,14 +184,17 @@ def _slug(text: str) -> str:
 
 
 def _read_concepts(packages: Path, categories: tuple[str, ...]) -> list[Concept]:
+    # Two emoji may share a label (the letter M sign and the metro sign); things come first, so that
+    # their ids do not depend on which other categories are built beside them.
     entries = json.loads(_open_package(NAMES_PACKAGE, packages)["emoji.json"])
+    entries.sort(key=lambda entry: entry["category"] not in THINGS)
     labels = {
         _emoji_key(row["hexcode"]): row
         for row in json.loads(_open_package(LABELS_PACKAGE, packages)["en/data.json"])
     }
     words = json.loads(_open_package(KEYWORDS_PACKAGE, packages)["dist/emoji-en-US.json"])
     keywords = {_emoji_key("-".join(f"{ord(c):04x}" for c in emoji)): tags for emoji, tags in words.items()}
-    concepts = []
+    concepts: dict[str, Concept] = {}
     for entry in entries:
         if entry["category"] not in categories:
             continue
@@ -199,21 +202,18 @@ def _read_concepts(packages: Path, categories: tuple[str, ...]) -> list[Concept]
         label = labels[key]
         tags = [*label.get("tags", []), *(tag.replace("_", " ") for tag in keywords.get(key, []))]
         spoken = {tag.lower() for tag in tags if re.fullmatch(r"[A-Za-z][A-Za-z0-9 '-]+", tag)}
-        concepts.append(
-            Concept(
-                concept=_slug(label["label"]),
-                code_points=key,
-                name=label["label"].lower(),
-                unicode_name=entry["name"] or label["label"],
-                keywords=tuple(sorted(spoken - {label["label"].lower()})),
-                category=entry["category"],
-                subcategory=entry["subcategory"],
-            )
+        slug = _slug(label["label"])
+        concept = Concept(
+            concept=slug if slug not in concepts else f"{slug}-{key}",
+            code_points=key,
+            name=label["label"].lower(),
+            unicode_name=entry["name"] or label["label"],
+            keywords=tuple(sorted(spoken - {label["label"].lower()})),
+            category=entry["category"],
+            subcategory=entry["subcategory"],
         )
-    twice = len(concepts) - len({concept.concept for concept in concepts})
-    if twice:
-        raise DataError(f"{NAMES_PACKAGE}: {twice} emoji share the label of another one")
-    return concepts
+        concepts[concept.concept] = concept
+    return list(concepts.values())
 
 
 def _files_by_emoji(style: Style, package: Package) -> Callable[[Concept], Picture | None]:

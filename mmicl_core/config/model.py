@@ -1,0 +1,58 @@
+"""Settings of the frozen multimodal model and of what is trained around or inside it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mmicl_core.config.base import Config
+
+__all__ = ["AimConfig", "BackboneConfig", "LclConfig", "MethodConfig", "ProxyConfig"]
+
+
+class BackboneConfig(Config):
+    """The multimodal language model."""
+
+    path: str = "embedded:nano"
+    """Folder of a Hugging Face image-text-to-text model; `embedded:NAME` is one inside the package,
+    `new:nano` an untrained nano."""
+
+    vision_tower: str | None = None
+    """Folder with the vision tower of an earlier run, to start from instead of the model's own."""
+
+
+class AimConfig(Config):
+    """AIM: demonstrations fused into virtual tokens (arXiv:2406.07588)."""
+
+    type: Literal["aim"] = "aim"
+
+    layer_norm: bool = True
+    """LayerNorm after the projection, as in the same author's SelfCP; the paper leaves it open."""
+
+    start: str | None = None
+    """Folder of an aggregator to start from; none starts from the identity."""
+
+
+class LclConfig(Config):
+    """Link-context learning: the language model itself learns to follow demonstrations."""
+
+    type: Literal["lcl"] = "lcl"
+
+    start: str | None = None
+    """Folder of the model that an earlier stage trained, to go on from."""
+
+
+class ProxyConfig(Config):
+    """Vision tower pretraining: every training concept gets a proxy vector that its pictures meet."""
+
+    type: Literal["proxy"] = "proxy"
+
+    embedding_width: int = Field(default=128, ge=8)
+    """Width of the space where pictures meet proxies."""
+
+    temperature: float = Field(default=1 / 16, gt=0)
+    """Divides the cosines before the softmax."""
+
+
+MethodConfig = Annotated[AimConfig | LclConfig | ProxyConfig, Field(discriminator="type")]

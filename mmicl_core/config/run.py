@@ -1,0 +1,58 @@
+"""One run: its sections, read from one YAML file, and the checks that span two of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mmicl_core.config.base import Config, explain
+from mmicl_core.config.data import CorpusConfig, EpisodeConfig
+from mmicl_core.config.model import AimConfig, BackboneConfig, MethodConfig
+from mmicl_core.config.serve import ServeConfig
+from mmicl_core.config.train import EvaluateConfig, TrainConfig
+from mmicl_core.errors import ConfigError
+
+__all__ = ["RunConfig", "load_run"]
+
+
+class RunConfig(Config):
+    """A complete run."""
+
+    corpus: CorpusConfig = CorpusConfig()
+    episodes: EpisodeConfig = EpisodeConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    method: MethodConfig = AimConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    serve: ServeConfig = ServeConfig()
+
+
+def load_run(recipe: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read a recipe and lay `overrides` (nested like the recipe) over it.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds a wrong setting.
+    """
+    if not recipe.is_file():
+        raise ConfigError(f"recipe {recipe} does not exist; the ones that come along: {_recipes()}")
+    try:
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {recipe} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"recipe {recipe} holds a {type(settings).__name__}, not sections of settings")
+    try:
+        return RunConfig.model_validate(_overlay(settings, overrides or {}))
+    except ValidationError as error:
+        raise explain(error, str(recipe)) from error
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if nested else value
+    return merged

@@ -1,0 +1,96 @@
+"""Settings of training and of evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from mmicl_core.config.base import Config
+
+__all__ = ["EvaluateConfig", "TrainConfig"]
+
+
+class TrainConfig(Config):
+    """One training run. What follows from the hardware is derived and printed, not set here."""
+
+    steps: int = Field(default=600, ge=1)
+    """Optimiser steps."""
+
+    global_batch: int = Field(default=32, ge=1)
+    """Episodes (or pictures) of one optimiser step, over all workers."""
+
+    micro_batch: int = Field(default=16, ge=1)
+    """Most episodes that one worker puts through the model at once."""
+
+    learning_rate: float = Field(default=3e-3, gt=0)
+    """Peak learning rate of AdamW; it falls to a hundredth of this along a cosine."""
+
+    warmup_steps: int = Field(default=50, ge=0)
+    """Steps over which the learning rate rises from 0."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW weight decay of matrices; vectors have none."""
+
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+
+    num_workers: int = Field(default=2, ge=1)
+    """Processes that train together; one GPU each where there are GPUs."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """What DeepSpeed ZeRO partitions over the workers: nothing, optimiser, gradients, parameters."""
+
+    checkpoint_every: int = Field(default=200, ge=1)
+    """Steps between checkpoints."""
+
+    log_every: int = Field(default=10, ge=1)
+    """Steps between lines of the training log."""
+
+    seed: int = 0
+    """Seeds the order of the episodes, augmentation and initialisation."""
+
+    @model_validator(mode="after")
+    def _batch_is_divisible(self) -> Self:
+        if self.global_batch % self.num_workers:
+            raise ValueError(
+                f"global_batch ({self.global_batch}) must be a multiple of num_workers "
+                f"({self.num_workers}): every worker takes the same share of a step"
+            )
+        return self
+
+
+class EvaluateConfig(Config):
+    """Naming held-out concepts from demonstrations."""
+
+    queries: int = Field(default=200, ge=1)
+    """Episodes asked."""
+
+    shots_per_class: tuple[int, ...] = (4,)
+    """Demonstrations of each class; one table row for each number."""
+
+    part: Literal["held_out_concepts", "held_out_style"] = "held_out_concepts"
+    """Pictures that the queries come from."""
+
+    conditions: tuple[Literal["zero_shot", "full", "fused", "swapped"], ...] = (
+        "zero_shot",
+        "full",
+        "fused",
+        "swapped",
+    )
+    """What the model is shown: nothing, full demonstrations, fused ones, or names swapped."""
+
+    aggregator: str | None = "embedded:nano_aim"
+    """Folder of the aggregator behind `fused`."""
+
+    max_new_tokens: int = Field(default=12, ge=1)
+    """Tokens of an answer, greedily chosen, before it is cut."""
+
+    batch: int = Field(default=32, ge=1)
+    """Queries answered at once."""
+
+    num_workers: int = Field(default=2, ge=1)
+    """Processes that evaluate side by side."""
+
+    seed: int = 1
+    """Seeds the episodes."""
