@@ -1,0 +1,1 @@
+"""Frozen multimodal models, seen through the few operations that in-context methods need."""

@@ -1,0 +1,120 @@
+"""`nano`: a small, stock LLaVA for two CPU cores, built from nothing.
+
+CLIP vision tower + two-layer projector + Llama, a byte-pair tokenizer of its own and the shortest
+chat template that tells question from answer:
+
+    <s> <image> This is <answer> bako </s> <image> This is <answer> mute </s> <image> This is <answer>
+
+A picture is 5 x 5 patches of 14 pixels. It is drawn at 72 px in the embedded corpus and read at 70,
+so that the grid is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
+from mmicl_core.data.names import SYLLABLES
+
+__all__ = ["build_nano"]
+
+IMAGE_PIXELS = 70
+PATCH_PIXELS = 14
+VOCABULARY = 2048
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<image>", "<answer>")
+LONGEST_PROMPT = 2048
+# Each half of a made-up name is seen often enough to become one token, with and without a space.
+SYLLABLE_REPEATS = 200
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<answer>{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}</s>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
+)
+
+
+def build_nano(texts: Iterable[str], seed: int = 0) -> HuggingFaceBackbone:
+    """An untrained nano whose tokenizer was trained on `texts` and on the made-up syllables."""
+    tokenizer = _train_tokenizer(texts)
+    torch.manual_seed(seed)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=IMAGE_PIXELS,
+            patch_size=PATCH_PIXELS,
+            hidden_act="gelu",
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=LONGEST_PROMPT,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": IMAGE_PIXELS},
+            crop_size={"height": IMAGE_PIXELS, "width": IMAGE_PIXELS},
+            image_mean=[0.5, 0.5, 0.5],
+            image_std=[0.5, 0.5, 0.5],
+        ),
+        tokenizer=tokenizer,
+        patch_size=PATCH_PIXELS,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    )
+    return HuggingFaceBackbone(LlavaForConditionalGeneration(config), processor, identity="new")
+
+
+def _train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    syllables = [syllable for syllable in SYLLABLES for _ in range(SYLLABLE_REPEATS)]
+    tokenizer.train_from_iterator([*sorted(set(texts)), *syllables], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=LONGEST_PROMPT,
+        extra_special_tokens={"image_token": "<image>", "answer_token": "<answer>"},
+    )
