@@ -17,6 +17,8 @@ from mmicl_core.errors import BackboneError
 
 __all__ = ["HuggingFaceBackbone", "load_backbone"]
 
+LARGEST_FILE = "7MB"
+
 
 class HuggingFaceBackbone(nn.Module):
     """The roles of `families.FAMILIES` behind the operations of `base.Backbone`.
@@ -129,6 +131,14 @@ class HuggingFaceBackbone(nn.Module):
         end = self.tokenizer.eos_token_id
         answers = [row.tolist() for row in ids_BL]
         return [ids[: ids.index(end)] if end in ids else ids for ids in answers]
+
+    def save(self, folder: Path) -> None:
+        """Write model and processor as Hugging Face does, 16-bit, in files that a forge accepts."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.detach().half() for name, tensor in self.model.state_dict().items()}
+        self.model.config.dtype = torch.float16
+        self.model.save_pretrained(folder, state_dict=weights, max_shard_size=LARGEST_FILE)
+        self.processor.save_pretrained(folder)
 
 
 def load_backbone(

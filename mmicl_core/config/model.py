@@ -39,9 +39,6 @@ class LclConfig(Config):
 
     type: Literal["lcl"] = "lcl"
 
-    start: str | None = None
-    """Folder of the model that an earlier stage trained, to go on from."""
-
 
 class ProxyConfig(Config):
     """Vision tower pretraining: every training concept gets a proxy vector that its pictures meet."""
@@ -53,6 +50,18 @@ class ProxyConfig(Config):
 
     temperature: float = Field(default=1 / 16, gt=0)
     """Divides the cosines before the softmax."""
+
+    teacher: str | None = None
+    """Folder of a Hugging Face image model whose pooled features the tower learns to predict as well."""
+
+    teacher_width: int = Field(default=1280, ge=1)
+    """Width of the teacher's features."""
+
+    teacher_weight: float = Field(default=10.0, ge=0)
+    """Weight of the distance from the teacher, beside the cross-entropy."""
+
+    teacher_pixels: int = Field(default=112, ge=32)
+    """Side of the square that the teacher sees."""
 
 
 MethodConfig = Annotated[AimConfig | LclConfig | ProxyConfig, Field(discriminator="type")]

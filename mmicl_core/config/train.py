@@ -36,10 +36,15 @@ class TrainConfig(Config):
     """Largest norm of the gradient."""
 
     num_workers: int = Field(default=2, ge=1)
-    """Processes that train together; one GPU each where there are GPUs."""
+    """Processes that train together, with parameters partitioned over them (ZeRO-3); one GPU each
+    where there are GPUs."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 3
-    """What DeepSpeed ZeRO partitions over the workers: nothing, optimiser, gradients, parameters."""
+    threads_per_worker: int = Field(default=1, ge=1)
+    """CPU threads of one worker's arithmetic, reserved in the cluster as CPUs."""
+
+    picture_variants: int = Field(default=1, ge=1)
+    """Versions of each training picture whose features are computed once: the picture itself and
+    augmented ones."""
 
     checkpoint_every: int = Field(default=200, ge=1)
     """Steps between checkpoints."""

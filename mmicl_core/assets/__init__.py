@@ -1,0 +1,31 @@
+"""What comes inside the package: the embedded corpus, backbone and aggregator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmicl_core.errors import ConfigError
+
+__all__ = ["EMBEDDED", "resolve"]
+
+EMBEDDED = "embedded:"
+
+
+def resolve(path: str) -> Path:
+    """A folder by its path, or by `embedded:NAME` for one inside the package.
+
+    Raises:
+        ConfigError: the package has nothing of that name.
+    """
+    if not path.startswith(EMBEDDED):
+        return Path(path)
+    here = Path(__file__).parent
+    folder = here / path.removeprefix(EMBEDDED)
+    if not folder.is_dir():
+        known = ", ".join(EMBEDDED + found.name for found in sorted(here.iterdir()) if _is_asset(found))
+        raise ConfigError(f"{path} is not inside the package, which holds {known}")
+    return folder
+
+
+def _is_asset(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith("_")

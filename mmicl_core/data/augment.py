@@ -1,0 +1,43 @@
+"""Changes of a picture that leave its concept: what training may see in place of the original."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["augment"]
+
+TURN_RADIANS = 0.26
+SCALE = 0.2
+SHIFT = 0.12
+GAIN = 0.3
+GREY_SHARE = 0.2
+
+
+def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Flip, turn, scale, shift, tint and sometimes grey each picture.
+
+    Args:
+        pixels: (N, 3, height, width), normalised to -1 (black) .. 1 (white); drawn on white.
+        generator: where the chance comes from.
+    """
+    count = len(pixels)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=generator) * 2 - 1
+
+    angle, scale = uniform() * TURN_RADIANS, torch.exp(uniform() * SCALE)
+    flip = torch.where(uniform() < 0, -1.0, 1.0)
+    shift = uniform(2) * SHIFT
+    cosine, sine = torch.cos(angle) * scale, torch.sin(angle) * scale
+    rows = (
+        torch.stack([cosine * flip, -sine, shift[:, 0]], dim=1),
+        torch.stack([sine * flip, cosine, shift[:, 1]], dim=1),
+    )
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(pixels.shape), align_corners=False)
+    # What comes in from outside is zero; on the ink, zero is white.
+    ink = F.grid_sample(1 - pixels, grid, align_corners=False)
+    ink = ink * (1 + uniform(3, 1, 1) * GAIN)
+    grey = ink.mean(1, keepdim=True).expand_as(ink)
+    return 1 - torch.where(uniform(1, 1, 1) < 2 * GREY_SHARE - 1, grey, ink)

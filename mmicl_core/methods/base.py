@@ -1,0 +1,112 @@
+"""What every method is: a module around a backbone that scores the answers of a batch.
+
+A method turns rows (episodes or pictures) into a batch, gives the negative log-likelihood of every
+scored token, and saves what it trained. Nothing here knows how gradients are taken or where.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
+from mmicl_core.data.collate import NOT_SCORED, Packed
+from mmicl_core.prompts import ChatFormat, Turn
+
+__all__ = ["Batch", "Lookup", "Method", "answer_nll", "episode_turns", "prompt_embeddings"]
+
+
+class Batch(Protocol):
+    """What `Method.collate` makes and `Method.forward` takes."""
+
+    @property
+    def num_scored(self) -> int:
+        """Targets of the batch, over which the loss is a mean."""
+        ...
+
+
+Lookup = Mapping[str, Any]
+"""Frozen features by key; an `ArrayStore` is one."""
+
+
+class Method(nn.Module, ABC):
+    """A way to learn from demonstrations, around one backbone."""
+
+    reads: ClassVar[Literal["episodes", "pictures"]] = "episodes"
+    """What one row of training data is."""
+    needs_states: ClassVar[bool] = False
+    """Whether the frozen states of every demonstration are computed before training."""
+
+    def __init__(self, backbone: HuggingFaceBackbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.chat = ChatFormat(backbone.processor)
+
+    @abstractmethod
+    def collate(self, rows: Sequence[Mapping[str, Any]], features: Lookup, states: Lookup) -> Batch:
+        """Rows -> a batch; `features` are vision-tower outputs by picture, `states` by demonstration."""
+
+    @abstractmethod
+    def forward(self, batch: Any) -> Tensor:
+        """Negative log-likelihood of every scored target of a batch, one vector."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write what was trained, in the form that is used afterwards."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def episode_turns(row: Mapping[str, Any]) -> list[Turn]:
+    """The turns of an EPISODE row."""
+    return [
+        Turn(turn["picture"], turn["question"], turn["answer"], turn["scored"]) for turn in row["turns"]
+    ]
+
+
+def stack(features: Lookup, keys: Sequence[str]) -> Tensor:
+    """Look N pictures up: (N, V, W)."""
+    return torch.from_numpy(np.stack([features[key] for key in keys]))
+
+
+def prompt_embeddings(
+    backbone: HuggingFaceBackbone,
+    packed: Packed,
+    vision_NVW: Tensor,
+    fused_TD: Sequence[Tensor] = (),
+) -> Tensor:
+    """Input embeddings of a batch: text by id, pictures and fused tokens at their places, (B, L, D).
+
+    Args:
+        vision_NVW: vision-tower output of the pictures, in the order of the prompts.
+        fused_TD: fused tokens of the demonstrations, in the order of the prompts.
+    """
+    embeds_BLD = backbone.embed(packed.ids_BL)
+    if len(vision_NVW):
+        image_NVD = backbone.project(vision_NVW).to(embeds_BLD.dtype)
+        embeds_BLD = embeds_BLD.masked_scatter(packed.image_BL[..., None], image_NVD)
+    if fused_TD:
+        fused = torch.cat(list(fused_TD)).to(embeds_BLD.dtype)
+        embeds_BLD = embeds_BLD.masked_scatter(packed.fused_BL[..., None], fused)
+    return embeds_BLD
+
+
+def answer_nll(backbone: HuggingFaceBackbone, embeds_BLD: Tensor, packed: Packed) -> Tensor:
+    """Negative log-likelihood of each scored token, in the order of the prompts.
+
+    Only scored positions meet the vocabulary: the others would cost most of the memory for nothing.
+    """
+    hidden_BLD = backbone.hidden(embeds_BLD, packed.mask_BL)
+    labels = packed.labels_BL[:, 1:]
+    scored = labels != NOT_SCORED
+    logits = backbone.logits(hidden_BLD[:, :-1][scored])
+    return F.cross_entropy(logits.float(), labels[scored], reduction="none")

@@ -1,0 +1,78 @@
+"""Checkpoints of what is trained: full 32-bit parameters and Adam moments, whatever the world size.
+
+A checkpoint is `state.safetensors` (for each parameter: the value and both moments) and `state.json`
+(step, names and shapes). Nothing frozen is in it, so it is small and fits any number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmicl_core.data.files import atomic_directory
+from mmicl_core.errors import CheckpointError
+
+__all__ = ["Moments", "TrainState", "load_state", "save_state"]
+
+TENSORS_FILE = "state.safetensors"
+ABOUT_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class Moments:
+    """One parameter with its Adam moments, all of full size and 32 bits."""
+
+    value: Tensor
+    first: Tensor
+    second: Tensor
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands after `step` optimiser steps."""
+
+    step: int
+    parameters: Mapping[str, Moments]
+
+
+def save_state(folder: Path, state: TrainState) -> None:
+    """Write a checkpoint, whole or not at all."""
+    tensors = {}
+    for name, moments in state.parameters.items():
+        for kind, tensor in vars(moments).items():
+            tensors[f"{kind}/{name}"] = tensor.detach().cpu().float().contiguous()
+    shapes = {name: list(moments.value.shape) for name, moments in state.parameters.items()}
+    with atomic_directory(folder) as target:
+        save_file(tensors, target / TENSORS_FILE)
+        about = {"step": state.step, "parameters": shapes}
+        (target / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def load_state(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> TrainState:
+    """Read a checkpoint for parameters of these names and shapes.
+
+    Raises:
+        CheckpointError: it holds other parameters; names the first that differs.
+    """
+    try:
+        about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / TENSORS_FILE)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from error
+    found = {name: tuple(shape) for name, shape in about["parameters"].items()}
+    for name in sorted(found.keys() | shapes.keys()):
+        if found.get(name) != shapes.get(name):
+            raise CheckpointError(
+                f"checkpoint {folder} does not fit: {name} is {found.get(name, 'absent')} there and "
+                f"{shapes.get(name, 'absent')} in this run; start with another output folder"
+            )
+    parameters = {
+        name: Moments(*(tensors[f"{kind}/{name}"] for kind in ("value", "first", "second")))
+        for name in shapes
+    }
+    return TrainState(about["step"], parameters)

@@ -1,0 +1,1 @@
+"""Ray programs: they arrange the library on a cluster and hold no mathematics."""

@@ -1,0 +1,70 @@
+"""Stages of a run: named by what makes them, complete or absent, done once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from mmicl_core.config.base import fingerprint
+from mmicl_core.data.files import atomic_directory
+
+__all__ = ["Stage", "read_manifest"]
+
+log = logging.getLogger("mmicl")
+
+MANIFEST_FILE = "_manifest.json"
+CONFIG_FILE = "_config.json"
+VERSION = 1
+
+
+class Stage:
+    """A folder that `build` fills, under a name that ends in the fingerprint of its settings.
+
+    Args:
+        root: folder of the run.
+        name: what the stage makes.
+        settings: everything that the result depends on; models and plain values.
+    """
+
+    def __init__(self, root: Path, name: str, **settings: Any) -> None:
+        self.settings = {
+            key: value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+            for key, value in settings.items()
+        }
+        self.name = name
+        self.fingerprint = fingerprint(VERSION, name, self.settings)
+        self.folder = (root / f"{name}-{self.fingerprint}").absolute()
+
+    @property
+    def complete(self) -> bool:
+        """Whether an earlier run finished it."""
+        return (self.folder / MANIFEST_FILE).is_file()
+
+    def run(self, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """Give the manifest; call `build` with a temporary folder only if there is none yet.
+
+        `build` returns what the manifest shall say. The folder appears when it is whole.
+        """
+        if self.complete:
+            log.info("%s: unchanged, reused from %s", self.name, self.folder.name)
+            return read_manifest(self.folder)
+        with atomic_directory(self.folder) as folder:
+            manifest = build(folder)
+            (folder / CONFIG_FILE).write_text(_json(self.settings), encoding="utf-8")
+            (folder / MANIFEST_FILE).write_text(_json(manifest), encoding="utf-8")
+        return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a finished stage says of itself."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    return manifest
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"

@@ -1,0 +1,161 @@
+"""DeepSpeed ZeRO as the `Engine` of a training step. The only file that imports deepspeed.
+
+On CPU deepspeed compiles a shared-memory operator unless told not to; gloo does its work as fast, and
+a user's machine has no compiler.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmicl_core.config.train import TrainConfig
+from mmicl_core.methods.base import Method
+from mmicl_core.training.checkpoint import Moments, TrainState
+
+__all__ = ["ZERO_STAGE", "ZeroEngine", "deepspeed_config"]
+
+ZERO_STAGE = 3
+# Small modules are the point of this project; above this size deepspeed would not partition them.
+KEEP_WHOLE_BELOW_ELEMENTS = 1024
+ADAM_BETAS = (0.9, 0.98)
+ADAM_EPSILON = 1e-8
+ADAM_STATE = ("exp_avg", "exp_avg_sq")
+
+
+def deepspeed_config(train: TrainConfig, world_size: int, *, bf16: bool) -> dict[str, Any]:
+    """DeepSpeed's own settings. Batch sizes are derived from the run's, never configured twice."""
+    share = train.global_batch // world_size
+    micro = min(train.micro_batch, share)
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": -(-share // micro),
+        "gradient_clipping": train.gradient_clip,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {
+            "stage": ZERO_STAGE,
+            "stage3_param_persistence_threshold": KEEP_WHOLE_BELOW_ELEMENTS,
+            "stage3_gather_16bit_weights_on_model_save": False,
+            "overlap_comm": bf16,
+        },
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+class ZeroEngine:
+    """A method's parameters under ZeRO.
+
+    Every worker must build it at the same time, with the same parameters.
+    """
+
+    def __init__(self, method: Method, train: TrainConfig, state: TrainState | None) -> None:
+        # Imported here: merely importing deepspeed probes the machine for compilers and devices.
+        import deepspeed
+
+        gpu = torch.cuda.is_available()
+        if not gpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo")
+        self.world_size = torch.distributed.get_world_size()
+        self._parameters = method.trainable()
+        self._device = method.backbone.device
+        if state is not None:
+            # Values go in before partitioning: set afterwards, the 16-bit copies would stay stale.
+            with torch.no_grad():
+                for name, moments in state.parameters.items():
+                    self._parameters[name].copy_(moments.value)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=method,
+            optimizer=torch.optim.AdamW(
+                _groups(self._parameters, train.weight_decay), betas=ADAM_BETAS, eps=ADAM_EPSILON
+            ),
+            config=deepspeed_config(train, self.world_size, bf16=gpu),
+            dist_init_required=False,
+        )
+        if state is not None:
+            self._restore(state)
+
+    def forward(self, batch: Any) -> Tensor:
+        """Negative log-likelihood of every scored target."""
+        nll: Tensor = self._engine(batch)
+        return nll
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch."""
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            # Deepspeed counts micro-batches by calls of `step`; before the last one it updates nothing.
+            self._engine.step()
+
+    def step(self, learning_rate: float) -> float:
+        """Update the parameters; gives the gradient's norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def sum_over_workers(self, value: float) -> float:
+        """Sum a number over all workers."""
+        total = torch.tensor(value, dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(total)
+        return float(total)
+
+    def partition(self, name: str) -> dict[str, Any]:
+        """How one parameter lies on the workers: the elements here, and of the whole."""
+        parameter = self._parameters[name]
+        return {
+            "parameter": name,
+            "shard_elements": int(parameter.ds_tensor.ds_numel),
+            "full_elements": int(parameter.ds_numel),
+        }
+
+    def state(self, step: int) -> TrainState:
+        """Gather the trained parameters and their moments, and nothing frozen. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameters = {}
+        for name, parameter in self._parameters.items():
+            moments = (safe_get_full_optimizer_state(parameter, kind) for kind in ADAM_STATE)
+            tensors = (safe_get_full_fp32_param(parameter), *moments)
+            parameters[name] = Moments(*(tensor.detach().cpu().clone() for tensor in tensors))
+        return TrainState(step, parameters)
+
+    def _restore(self, state: TrainState) -> None:
+        """Put values and moments of full size into this worker's shards, padded as deepspeed pads.
+
+        `safe_set_full_*` fails where a size is not a multiple of the world size, so shards are cut here.
+        """
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        inner = self._optimizer.optimizer
+        for flat in self._optimizer.fp32_partitioned_groups_flat:
+            # Adam makes its state at the first step; without it there is nothing to write to.
+            zeros = {kind: torch.zeros_like(flat) for kind in ADAM_STATE}
+            inner.state[flat].update(step=torch.tensor(float(state.step)), **zeros)
+        for name, moments in state.parameters.items():
+            parameter = self._parameters[name]
+            safe_set_local_fp32_param(parameter, self._shard(parameter, moments.value))
+            for kind, full in zip(ADAM_STATE, (moments.first, moments.second), strict=True):
+                safe_set_local_optimizer_state(parameter, self._shard(parameter, full), kind)
+
+    def _shard(self, parameter: Any, full: Tensor) -> Tensor:
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        size = safe_get_local_fp32_param(parameter).numel()
+        flat = full.flatten().to(self._device)
+        padded = torch.nn.functional.pad(flat, (0, size * self.world_size - flat.numel()))
+        rank = torch.distributed.get_rank()
+        return padded[rank * size : (rank + 1) * size].clone()
+
+
+def _groups(parameters: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, vectors do not."""
+    matrices = [p for p in parameters.values() if p.ndim > 1]
+    vectors = [p for p in parameters.values() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
