@@ -105,14 +105,11 @@ class ZeroEngine:
         torch.distributed.all_reduce(total)
         return float(total)
 
-    def partition(self, name: str) -> dict[str, Any]:
-        """How one parameter lies on the workers: the elements here, and of the whole."""
-        parameter = self._parameters[name]
-        return {
-            "parameter": name,
-            "shard_elements": int(parameter.ds_tensor.ds_numel),
-            "full_elements": int(parameter.ds_numel),
-        }
+    def largest_partition(self) -> dict[str, Any]:
+        """How the largest trained parameter lies on the workers: elements here, and of the whole."""
+        name, parameter = max(self._parameters.items(), key=lambda item: item[1].ds_numel)
+        sizes = {"shard_elements": parameter.ds_tensor.ds_numel, "full_elements": parameter.ds_numel}
+        return {"partition": {"parameter": name} | {key: int(size) for key, size in sizes.items()}}
 
     def state(self, step: int) -> TrainState:
         """Gather the trained parameters and their moments, and nothing frozen. Collective."""

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mmicl_core.backbones.families import family_of, part
 from mmicl_core.errors import BackboneError
 
-__all__ = ["HuggingFaceBackbone", "load_backbone"]
+__all__ = ["HuggingFaceBackbone", "backbone_identity", "load_backbone"]
 
 LARGEST_FILE = "7MB"
 
@@ -156,11 +156,11 @@ def load_backbone(
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise BackboneError(f"{folder} cannot be loaded as an image-text-to-text model: {error}") from error
-    return HuggingFaceBackbone(model.to(device), processor, identity=_identity(folder))
+    return HuggingFaceBackbone(model.to(device), processor, identity=backbone_identity(folder))
 
 
-def _identity(folder: Path) -> str:
-    """Digest of configuration and weights, so that a cache never mixes two models."""
+def backbone_identity(folder: Path) -> str:
+    """Digest of a model folder's configuration and weights, so that a cache never mixes two models."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mmicl_core.config.base import Config
 
-__all__ = ["AimConfig", "BackboneConfig", "LclConfig", "MethodConfig", "ProxyConfig"]
+__all__ = ["AimConfig", "BackboneConfig", "LclConfig", "MethodConfig", "SupConConfig"]
 
 
 class BackboneConfig(Config):
@@ -40,16 +40,19 @@ class LclConfig(Config):
     type: Literal["lcl"] = "lcl"
 
 
-class ProxyConfig(Config):
-    """Vision tower pretraining: every training concept gets a proxy vector that its pictures meet."""
+class SupConConfig(Config):
+    """Vision tower pretraining by supervised contrast (arXiv:2004.11362)."""
 
-    type: Literal["proxy"] = "proxy"
+    type: Literal["supcon"] = "supcon"
 
     embedding_width: int = Field(default=128, ge=8)
-    """Width of the space where pictures meet proxies."""
+    """Width of the space where pictures are compared."""
 
-    temperature: float = Field(default=1 / 16, gt=0)
+    temperature: float = Field(default=0.1, gt=0)
     """Divides the cosines before the softmax."""
+
+    pairs_in_a_row: int = Field(default=16, ge=1)
+    """Pairs of the same subcategory that stand in a batch together."""
 
     teacher: str | None = None
     """Folder of a Hugging Face image model whose pooled features the tower learns to predict as well."""
@@ -58,10 +61,10 @@ class ProxyConfig(Config):
     """Width of the teacher's features."""
 
     teacher_weight: float = Field(default=10.0, ge=0)
-    """Weight of the distance from the teacher, beside the cross-entropy."""
+    """Weight of the distance from the teacher, beside the contrast."""
 
     teacher_pixels: int = Field(default=112, ge=32)
     """Side of the square that the teacher sees."""
 
 
-MethodConfig = Annotated[AimConfig | LclConfig | ProxyConfig, Field(discriminator="type")]
+MethodConfig = Annotated[AimConfig | LclConfig | SupConConfig, Field(discriminator="type")]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["augment"]
+__all__ = ["augment", "variant_key", "vary_turns"]
 
 TURN_RADIANS = 0.26
 SCALE = 0.2
@@ -41,3 +45,17 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     ink = ink * (1 + uniform(3, 1, 1) * GAIN)
     grey = ink.mean(1, keepdim=True).expand_as(ink)
     return 1 - torch.where(uniform(1, 1, 1) < 2 * GREY_SHARE - 1, grey, ink)
+
+
+def variant_key(picture: str, variant: int) -> str:
+    """Names a version of a picture: 0 is the picture itself."""
+    return f"{picture}#{variant}" if variant else picture
+
+
+def vary_turns(row: Mapping[str, Any], visit: int, variants: int) -> dict[str, Any]:
+    """An EPISODE row whose turns name versions of their pictures, drawn by the number of the visit."""
+    rng = random.Random(f"variants/{visit}")
+    turns = [
+        turn | {"picture": variant_key(turn["picture"], rng.randrange(variants))} for turn in row["turns"]
+    ]
+    return dict(row) | {"turns": turns}

@@ -6,6 +6,7 @@ scored token, and saves what it trained. Nothing here knows how gradients are ta
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,21 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def collate(self, rows: Sequence[Mapping[str, Any]], features: Lookup, states: Lookup) -> Batch:
         """Rows -> a batch; `features` are vision-tower outputs by picture, `states` by demonstration."""
+
+    def epoch_order(self, rows: Sequence[Mapping[str, Any]], epoch: int, seed: int) -> list[int]:
+        """The order in which one pass reads its rows; each pass after the first is shuffled.
+
+        The first pass keeps the rows' own order, so that a curriculum stays one. Later ones move
+        stretches of equal shots as a whole, so that a batch needs little padding.
+        """
+        runs: list[list[int]] = []
+        for number, row in enumerate(rows):
+            if not runs or rows[runs[-1][0]]["shots"] != row["shots"]:
+                runs.append([])
+            runs[-1].append(number)
+        if epoch:
+            random.Random(f"{seed}/order/{epoch}").shuffle(runs)
+        return [number for run in runs for number in run]
 
     @abstractmethod
     def forward(self, batch: Any) -> Tensor:

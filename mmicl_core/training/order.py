@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-import random
+from collections.abc import Callable
+from typing import TypeVar
 
-__all__ = ["rows_of_step", "share_of_worker"]
+Row = TypeVar("Row")
+
+__all__ = ["RowOrder", "share_of_worker"]
 
 
-def rows_of_step(step: int, batch: int, total: int, *, block: int = 1, seed: int = 0) -> list[int]:
-    """Rows of optimiser step `step`.
+class RowOrder:
+    """Endless passes over the rows, cut into steps.
 
-    The first pass reads rows in their order, so that a curriculum keeps its order; each later pass
-    shuffles them in blocks of `block` neighbours.
+    Args:
+        epoch_order: the row numbers of a pass, by its number; passes may differ in length.
+        batch: rows of one step.
     """
-    first = step * batch
-    orders: dict[int, list[int]] = {}
-    rows = []
-    for position in range(first, first + batch):
-        epoch, place = divmod(position, total)
-        if epoch not in orders:
-            orders[epoch] = _order(epoch, total, block, seed)
-        rows.append(orders[epoch][place])
-    return rows
+
+    def __init__(self, epoch_order: Callable[[int], list[int]], batch: int) -> None:
+        self._epoch_order, self._batch = epoch_order, batch
+        self._starts, self._orders = [0], [epoch_order(0)]
+
+    def step(self, step: int) -> list[tuple[int, int]]:
+        """The rows of a step, each with its position in the whole run."""
+        first = step * self._batch
+        return [(self._row(position), position) for position in range(first, first + self._batch)]
+
+    def _row(self, position: int) -> int:
+        while position >= self._starts[-1] + len(self._orders[-1]):
+            self._starts.append(self._starts[-1] + len(self._orders[-1]))
+            self._orders.append(self._epoch_order(len(self._orders)))
+        epoch = max(number for number, start in enumerate(self._starts) if start <= position)
+        return self._orders[epoch][position - self._starts[epoch]]
 
 
-def share_of_worker(rows: list[int], rank: int, world_size: int, micro_batch: int) -> list[list[int]]:
+def share_of_worker(
+    rows: list[Row], rank: int, world_size: int, micro_batch: int
+) -> list[list[Row]]:
     """The micro-batches of one worker: its even, contiguous share, cut into pieces of `micro_batch`."""
     share = len(rows) // world_size
     mine = rows[rank * share : (rank + 1) * share]
     return [mine[start : start + micro_batch] for start in range(0, share, micro_batch)]
-
-
-def _order(epoch: int, total: int, block: int, seed: int) -> list[int]:
-    if epoch == 0:
-        return list(range(total))
-    blocks = [range(start, min(start + block, total)) for start in range(0, total, block)]
-    random.Random(f"{seed}/order/{epoch}").shuffle(blocks)
-    return [row for rows in blocks for row in rows]

@@ -1,0 +1,169 @@
+"""Ray Data: what frozen parts give is computed once, by a pool of actors, and kept.
+
+    pictures --vision tower--> (V, W) of each picture
+    pictures --teacher--> (E,) of each picture
+    demonstrations --frozen backbone, each read alone--> (T, D) of each demonstration
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from mmicl_core.backbones.hugging_face import backbone_identity, load_backbone
+from mmicl_core.config.base import fingerprint
+from mmicl_core.data.augment import augment, variant_key
+from mmicl_core.data.embedding import ImageTeacher
+from mmicl_core.data.pictures import PictureStore
+from mmicl_core.data.store import store_columns
+from mmicl_core.methods.aim import demonstration_key, read_demonstrations
+from mmicl_core.prompts import ChatFormat, Turn
+from pipelines.progress import counting
+from pipelines.stages import Stage
+
+__all__ = ["encode_demonstrations", "encode_pictures", "teach_pictures"]
+
+PICTURES_PER_BATCH = 64
+DEMONSTRATIONS_PER_BATCH = 128
+# Encoders that took every CPU would wait for ever for the tasks that feed them and write for them.
+CPUS_OF_AN_ENCODER = 0.5
+
+
+def encode_pictures(
+    pairs: Stage, backbone: Path, pictures: Sequence[str], variants: int, root: Path
+) -> Stage:
+    """Vision-tower output of pictures and of their augmented versions, by `variant_key`."""
+    identity = backbone_identity(backbone)
+    stage = Stage(
+        root,
+        "vision",
+        pairs=pairs.fingerprint,
+        backbone=identity,
+        pictures=fingerprint(pictures),
+        variants=variants,
+    )
+    rows = [{"picture": picture} for picture in pictures]
+    return _encode(
+        stage, "Encoding pictures", rows, PICTURES_PER_BATCH, _PictureEncoder, (backbone, pairs.folder, variants)
+    )
+
+
+def teach_pictures(pairs: Stage, teacher: Path, side: int, pictures: Sequence[str], root: Path) -> Stage:
+    """A teacher's features of pictures."""
+    about = [teacher.name, side, fingerprint(pictures)]
+    stage = Stage(root, "teacher", pairs=pairs.fingerprint, about=about)
+    rows = [{"picture": picture} for picture in pictures]
+    return _encode(
+        stage, "Asking the teacher", rows, PICTURES_PER_BATCH, _Teacher, (teacher, pairs.folder, side)
+    )
+
+
+def encode_demonstrations(
+    pairs: Stage, backbone: Path, episodes: Sequence[Mapping[str, Any]], name: str, root: Path
+) -> Stage:
+    """Frozen states of every demonstration of `episodes`, by `demonstration_key`; `name` names those."""
+    identity = backbone_identity(backbone)
+    stage = Stage(root, "states", pairs=pairs.fingerprint, backbone=identity, episodes=name)
+    rows = {
+        (turn["picture"], turn["question"], turn["answer"]): None
+        for episode in episodes
+        for turn in episode["turns"][:-1]
+    }
+    columns = [dict(zip(("picture", "question", "answer"), row, strict=True)) for row in rows]
+    return _encode(
+        stage,
+        "Reading demonstrations",
+        columns,
+        DEMONSTRATIONS_PER_BATCH,
+        _DemonstrationReader,
+        (backbone, pairs.folder),
+    )
+
+
+def _encode(
+    stage: Stage,
+    title: str,
+    rows: list[dict[str, Any]],
+    batch: int,
+    encoder: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> Stage:
+    def build(folder: Path) -> dict[str, Any]:
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        actors = max(1, min(gpus or cpus, -(-len(rows) // batch)))
+        with counting(title, len(rows)) as counter:
+            table = pa.Table.from_pylist(rows)
+            ray.data.from_arrow(table).repartition(-(-len(rows) // batch)).map_batches(
+                encoder,
+                batch_size=batch,
+                batch_format="pyarrow",
+                fn_constructor_args=(*arguments, counter),
+                compute=ray.data.ActorPoolStrategy(size=actors),
+                num_cpus=CPUS_OF_AN_ENCODER,
+                num_gpus=1 if gpus else 0,
+            ).write_parquet(str(folder))
+        return {"rows": len(rows)}
+
+    stage.run(build)
+    return stage
+
+
+class _PictureEncoder:
+    def __init__(self, backbone: Path, pairs: Path, variants: int, counter: Any) -> None:
+        torch.set_num_threads(1)
+        self._backbone = load_backbone(backbone, device=_device())
+        self._pictures, self._variants, self._counter = PictureStore(pairs), variants, counter
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        keys = batch.column("picture").to_pylist()
+        pixels = self._backbone.pixels([self._pictures.picture(key) for key in keys])
+        tables = []
+        for variant in range(self._variants):
+            generator = torch.Generator().manual_seed(variant)
+            seen = augment(pixels, generator) if variant else pixels
+            vision_NVW = self._backbone.encode_pixels(seen).float().cpu().numpy()
+            tables.append(store_columns([variant_key(key, variant) for key in keys], list(vision_NVW)))
+        ray.get(self._counter.add.remote(len(keys)))
+        return pa.concat_tables(tables)
+
+
+class _Teacher:
+    def __init__(self, teacher: Path, pairs: Path, side: int, counter: Any) -> None:
+        torch.set_num_threads(1)
+        self._teacher, self._pictures, self._counter = ImageTeacher(teacher, side), PictureStore(pairs), counter
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        keys = batch.column("picture").to_pylist()
+        features = self._teacher([self._pictures.picture(key) for key in keys])
+        ray.get(self._counter.add.remote(len(keys)))
+        return store_columns(keys, list(features))
+
+
+class _DemonstrationReader:
+    def __init__(self, backbone: Path, pairs: Path, counter: Any) -> None:
+        torch.set_num_threads(1)
+        self._backbone = load_backbone(backbone, device=_device())
+        self._chat = ChatFormat(self._backbone.processor)
+        self._pictures, self._counter = PictureStore(pairs), counter
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        turns = [Turn(row["picture"], row["question"], row["answer"]) for row in batch.to_pylist()]
+        pixels = self._backbone.pixels([self._pictures.picture(str(turn.picture)) for turn in turns])
+        vision_NVW = self._backbone.encode_pixels(pixels)
+        states: list[np.ndarray] = [
+            state.float().cpu().numpy()
+            for state in read_demonstrations(self._backbone, self._chat, turns, vision_NVW)
+        ]
+        ray.get(self._counter.add.remote(len(turns)))
+        return store_columns([demonstration_key(turn) for turn in turns], states)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

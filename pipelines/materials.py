@@ -1,0 +1,94 @@
+"""What training reads: episodes and frozen features, each made once and reused while unchanged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmicl_core.assets import resolve
+from mmicl_core.backbones.hugging_face import backbone_identity, load_backbone
+from mmicl_core.backbones.nano import build_nano
+from mmicl_core.config.model import BackboneConfig, SupConConfig
+from mmicl_core.config.run import RunConfig
+from mmicl_core.data.episodes import DESCRIBE_QUESTION, NAME_QUESTION
+from mmicl_core.data.pictures import read_metadata
+from mmicl_core.data.splits import Split
+from mmicl_core.methods import METHODS
+from mmicl_core.methods.supcon import load_vision_tower
+from pipelines.episodes import build_episodes, read_episodes, read_pairs
+from pipelines.features import encode_demonstrations, encode_pictures, teach_pictures
+from pipelines.stages import Stage
+
+__all__ = ["Materials", "open_backbone", "prepare"]
+
+NEW_NANO = "new:nano"
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Where the workers find what they read; every folder is complete before they start."""
+
+    backbone: Path
+    pairs: Path
+    corpus: Path
+    episodes: Path | None = None
+    features: Path | None = None
+    states: Path | None = None
+
+    def names(self) -> dict[str, str]:
+        """What the materials are, wherever they lie: folder names end in fingerprints."""
+        names = {name: path.name for name, path in vars(self).items() if path is not None}
+        return names | {"backbone": backbone_identity(self.backbone)}
+
+    def plain(self) -> dict[str, str]:
+        """For the way to another process."""
+        return {name: str(path) for name, path in vars(self).items() if path is not None}
+
+
+def prepare(run: RunConfig, root: Path) -> Materials:
+    """Make whatever the method of `run` reads and is not there yet."""
+    corpus = resolve(run.corpus.path)
+    split = Split.load(corpus)
+    pairs = read_pairs(corpus, root)
+    backbone = open_backbone(run.backbone, pairs, split, root)
+    train_on = [
+        row["picture"] for row in read_metadata(pairs.folder) if split.trains_on(row["concept"], row["style"])
+    ]
+    if isinstance(run.method, SupConConfig):
+        features = None
+        if run.method.teacher is not None:
+            teacher = Path(run.method.teacher)
+            features = teach_pictures(pairs, teacher, run.method.teacher_pixels, train_on, root).folder
+        return Materials(backbone, pairs.folder, corpus, features=features)
+    episodes = build_episodes(pairs, split, run.episodes, root)
+    features = encode_pictures(pairs, backbone, train_on, run.train.picture_variants, root).folder
+    states = None
+    if METHODS[run.method.type].needs_states:
+        rows = read_episodes(episodes.folder)
+        states = encode_demonstrations(pairs, backbone, rows, episodes.fingerprint, root).folder
+    return Materials(backbone, pairs.folder, corpus, episodes.folder, features, states)
+
+
+def open_backbone(config: BackboneConfig, pairs: Stage, split: Split, root: Path) -> Path:
+    """The folder of a model; one that is new, or gets another tower, is written first."""
+    is_new = config.path == NEW_NANO
+    if not is_new and config.vision_tower is None:
+        return resolve(config.path)
+    stage = Stage(root, "backbone", config=config, pairs=pairs.fingerprint)
+
+    def build(folder: Path) -> dict[str, int]:
+        if is_new:
+            texts = [NAME_QUESTION, DESCRIBE_QUESTION]
+            for row in read_metadata(pairs.folder):
+                if split.trains_on(row["concept"], row["style"]):
+                    texts += [row["name"], row["subcategory"].replace("-", " "), *row["keywords"]]
+            backbone = build_nano(texts)
+        else:
+            backbone = load_backbone(resolve(config.path))
+        if config.vision_tower is not None:
+            load_vision_tower(Path(config.vision_tower), backbone)
+        backbone.save(folder)
+        return {"parameters": sum(parameter.numel() for parameter in backbone.parameters())}
+
+    stage.run(build)
+    return stage.folder

@@ -1,0 +1,209 @@
+"""Ray Train: the workers that train a method under ZeRO-3.
+
+`train` prepares what the method reads, starts the workers and waits. Each worker builds the same
+method, restores the last checkpoint and takes its share of every step. A killed run, started again,
+goes on from its last checkpoint, on any number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from mmicl_core.backbones.hugging_face import load_backbone
+from mmicl_core.config.run import RunConfig
+from mmicl_core.config.train import TrainConfig
+from mmicl_core.data.augment import vary_turns
+from mmicl_core.data.files import write_atomic
+from mmicl_core.data.pictures import PictureStore, read_metadata
+from mmicl_core.data.splits import Split
+from mmicl_core.data.store import ArrayStore
+from mmicl_core.methods import build_method
+from mmicl_core.methods.base import Batch, Method
+from mmicl_core.training.checkpoint import TrainState, load_state, save_state
+from mmicl_core.training.order import RowOrder, share_of_worker
+from mmicl_core.training.step import StepMetrics, learning_rate, train_step
+from pipelines.episodes import read_episodes
+from pipelines.materials import Materials, prepare
+from pipelines.progress import counting
+from pipelines.stages import Stage
+
+__all__ = ["METRICS_FILE", "RESULT", "train"]
+
+log = logging.getLogger("mmicl")
+
+CHECKPOINT = "checkpoint"
+METRICS_FILE = "metrics.jsonl"
+PARTITION_FILE = "partition.json"
+RESULT = "result"
+MAX_FAILURES = 3
+
+
+def train(run: RunConfig, root: Path) -> Stage:
+    """Train what `run` asks for; the result, in the form that is used afterwards, is in `result`.
+
+    The manifest holds `steps`, `world_size`, `zero_stage`, `partition`, `loss_first`, `loss_last`.
+    """
+    materials = prepare(run, root)
+    stage = Stage(
+        root, f"train-{run.method.type}", train=run.train, method=run.method, materials=materials.names()
+    )
+    # Checkpoints outlive a failed run, so they cannot lie in the folder that appears when it ends.
+    work = root.absolute() / f"{stage.folder.name}.work"
+
+    def build(folder: Path) -> dict[str, Any]:
+        work.mkdir(parents=True, exist_ok=True)
+        with counting("Training", run.train.steps) as counter:
+            settings = {
+                "run": run.model_dump(mode="json"),
+                "materials": materials.plain(),
+                "work": str(work),
+                "counter": counter,
+            }
+            _fit(settings, run.train, work)
+        method = build_method(load_backbone(materials.backbone), run.method)
+        state = load_state(work / CHECKPOINT, _shapes(method))
+        with torch.no_grad():
+            for name, parameter in method.trainable().items():
+                parameter.copy_(state.parameters[name].value)
+        method.save(folder / RESULT)
+        shutil.copy(work / METRICS_FILE, folder / METRICS_FILE)
+        return _summary(work)
+
+    stage.run(build)
+    shutil.rmtree(work, ignore_errors=True)
+    return stage
+
+
+def _fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> None:
+    gpus = ray.cluster_resources().get("GPU", 0) >= config.num_workers
+    resources = {"CPU": config.threads_per_worker} | ({"GPU": 1} if gpus else {})
+    TorchTrainer(
+        _train_worker,
+        train_loop_config=settings,
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers, use_gpu=gpus, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        run_config=ray.train.RunConfig(
+            name="ray", storage_path=str(work), failure_config=FailureConfig(max_failures=MAX_FAILURES)
+        ),
+    ).fit()
+
+
+def _shapes(method: Method) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in method.trainable().items()}
+
+
+def _summary(work: Path) -> dict[str, Any]:
+    lines = (work / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    summary: dict[str, Any] = json.loads((work / PARTITION_FILE).read_text(encoding="utf-8"))
+    return summary | {"loss_first": losses[0], "loss_last": losses[-1]}
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    # Deepspeed is imported where it works: on import it probes the machine.
+    from pipelines.zero3 import ZERO_STAGE, ZeroEngine
+
+    run = RunConfig.model_validate(settings["run"])
+    materials = Materials(**{name: Path(path) for name, path in settings["materials"].items()})
+    work = Path(settings["work"])
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(run.train.threads_per_worker)
+    torch.manual_seed(run.train.seed)
+    method = build_method(load_backbone(materials.backbone), run.method).to(get_device())
+    state = load_state(work / CHECKPOINT, _shapes(method)) if (work / CHECKPOINT).is_dir() else None
+    first = state.step if state else 0
+    engine = ZeroEngine(method, run.train, state)
+    feed = _Feed(run, method, materials)
+    journal = _Journal(work, first, run.train, settings["counter"], writes=rank == 0)
+    journal.describe(engine.largest_partition() | {"world_size": world_size, "zero_stage": ZERO_STAGE})
+    for step in range(first, run.train.steps):
+        rate = learning_rate(step, run.train.steps, run.train.warmup_steps, run.train.learning_rate)
+        metrics = train_step(engine, feed.micro_batches(step, rank, world_size), rate)
+        journal.note(step, rate, metrics)
+        if (step + 1) % run.train.checkpoint_every == 0 or step + 1 == run.train.steps:
+            journal.checkpoint(engine.state(step + 1))
+            ray.train.report(vars(metrics))
+
+
+class _Feed:
+    """The batches of one worker: rows by number, features by key."""
+
+    def __init__(self, run: RunConfig, method: Method, materials: Materials) -> None:
+        self._method, self._run = method, run
+        self._features: Mapping[str, Any] = ArrayStore(materials.features) if materials.features else {}
+        self._states: Mapping[str, Any] = ArrayStore(materials.states) if materials.states else {}
+        self._pictures = PictureStore(materials.pairs) if method.reads == "pictures" else None
+        self._rows = self._read_rows(materials)
+        self._order = RowOrder(
+            lambda epoch: method.epoch_order(self._rows, epoch, run.train.seed), run.train.global_batch
+        )
+
+    def micro_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
+        """This worker's share of a step."""
+        shares = share_of_worker(self._order.step(step), rank, world_size, self._run.train.micro_batch)
+        return [
+            self._method.collate([self._row(*visit) for visit in share], self._features, self._states)
+            for share in shares
+        ]
+
+    def _row(self, number: int, visit: int) -> Mapping[str, Any]:
+        row = self._rows[number]
+        if self._pictures is not None:
+            return row | {"image": self._pictures.encoded(row["picture"]), "visit": visit}
+        return vary_turns(row, visit, self._run.train.picture_variants)
+
+    def _read_rows(self, materials: Materials) -> list[dict[str, Any]]:
+        if materials.episodes is not None:
+            return read_episodes(materials.episodes)
+        split = Split.load(materials.corpus)
+        rows = read_metadata(materials.pairs)
+        return [row for row in rows if split.trains_on(row["concept"], row["style"])]
+
+
+class _Journal:
+    """What the first worker writes down: metrics, progress, checkpoints."""
+
+    def __init__(self, work: Path, first: int, config: TrainConfig, counter: Any, *, writes: bool) -> None:
+        self._work, self._config, self._counter, self._writes = work, config, counter, writes
+        self._path = work / METRICS_FILE
+        if writes:
+            # Steps after the last checkpoint are taken again: their lines go.
+            old = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+            kept = [line for line in old if json.loads(line)["step"] <= first]
+            write_atomic(self._path, "".join(line + "\n" for line in kept))
+            ray.get(counter.add.remote(first))
+
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Keep what is known once the engine stands."""
+        if self._writes:
+            partition = {"steps": self._config.steps} | dict(facts)
+            write_atomic(self._work / PARTITION_FILE, json.dumps(partition))
+
+    def note(self, step: int, rate: float, metrics: StepMetrics) -> None:
+        """Count a step; every `log_every`th is written down."""
+        if not self._writes:
+            return
+        self._counter.add.remote(1, f"loss {metrics.loss:.3f}")
+        if step % self._config.log_every == 0 or step + 1 == self._config.steps:
+            line = {"step": step + 1, "learning_rate": rate} | vars(metrics)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def checkpoint(self, state: TrainState) -> None:
+        """Replace the checkpoint."""
+        if self._writes:
+            save_state(self._work / CHECKPOINT, state)
