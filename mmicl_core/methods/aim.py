@@ -20,6 +20,7 @@ cacheable, and why `read` must not depend on the batch that a demonstration sits
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,15 @@ from mmicl_core.errors import CheckpointError
 from mmicl_core.methods.base import Lookup, Method, answer_nll, episode_turns, prompt_embeddings, stack
 from mmicl_core.prompts import ChatFormat, Piece, Prompt, Turn
 
-__all__ = ["Aggregator", "Aim", "AimBatch", "demonstration_key", "fused_prompt", "read_demonstrations"]
+__all__ = [
+    "Aggregator",
+    "Aim",
+    "AimBatch",
+    "aggregator_identity",
+    "demonstration_key",
+    "fused_prompt",
+    "read_demonstrations",
+]
 
 WEIGHTS_FILE = "aggregator.safetensors"
 ABOUT_FILE = "aggregator.json"
@@ -87,6 +96,18 @@ class Aggregator(nn.Module):
         aggregator = cls(about["width"], layer_norm=about["layer_norm"])
         aggregator.load_state_dict(load_file(folder / WEIGHTS_FILE))
         return aggregator.to(backbone.device).requires_grad_(requires_grad=False)
+
+
+def aggregator_identity(folder: Path) -> str:
+    """Digest of an aggregator's weights.
+
+    Raises:
+        CheckpointError: no aggregator is there.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no aggregator: it has no {WEIGHTS_FILE}")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,9 @@ class SupCon(Method):
         log_chance = likeness.log_softmax(dim=1).masked_fill(~partner, 0)
         loss = -log_chance.sum(1) / partner.sum(1).clamp(min=1)
         if batch.teacher is not None:
+            # What all pictures share would make any two alike; only what sets them apart is taught.
             teacher = batch.teacher.to(pooled_NW.device)
+            teacher = teacher - teacher.mean(0)
             cosine = F.cosine_similarity(self.student(pooled_NW), teacher, dim=1)
             loss = loss + self._config.teacher_weight * (1 - cosine)
         return loss

@@ -1,0 +1,158 @@
+"""Ray Data: queries fanned out over a pool of models, answers kept, counts summed."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from mmicl_core.assets import resolve
+from mmicl_core.backbones.hugging_face import backbone_identity, load_backbone
+from mmicl_core.config.data import EpisodeConfig, ShotStage
+from mmicl_core.config.run import RunConfig
+from mmicl_core.config.train import EvaluateConfig
+from mmicl_core.data.pictures import PictureStore
+from mmicl_core.data.splits import Split
+from mmicl_core.evaluation.metrics import names_only, wilson_interval
+from mmicl_core.evaluation.naming import NamingTask
+from mmicl_core.methods.aim import Aggregator, aggregator_identity
+from mmicl_core.methods.base import episode_turns
+from pipelines.episodes import build_episodes, read_episodes, read_pairs
+from pipelines.features import CPUS_OF_AN_ENCODER
+from pipelines.progress import counting
+from pipelines.stages import Stage, read_manifest
+
+__all__ = ["evaluate", "evaluation_episodes"]
+
+log = logging.getLogger("mmicl")
+
+PREDICTIONS_FILE = "predictions.parquet"
+
+
+def evaluate(run: RunConfig, root: Path) -> list[dict[str, Any]]:
+    """Ask every condition at every number of shots; one row of results for each number.
+
+    A row holds `shots_per_class`, `part`, `queries`, `conditions` (each `accuracy` with the `low` and
+    `high` end of its 95 % interval) and `tokens` (mean of a demonstration, full and fused).
+    """
+    corpus = resolve(run.corpus.path)
+    split = Split.load(corpus)
+    pairs = read_pairs(corpus, root)
+    rows = []
+    for shots in run.evaluate.shots_per_class:
+        episodes = evaluation_episodes(pairs, split, run, shots, root)
+        rows.append(_evaluate_at(run, shots, pairs, episodes, root))
+    return rows
+
+
+def evaluation_episodes(pairs: Stage, split: Split, run: RunConfig, shots: int, root: Path) -> Stage:
+    """Held-out episodes, all with hard negatives and the question that training used first."""
+    config = EpisodeConfig(
+        part=run.evaluate.part,
+        stages=(ShotStage(episodes=run.evaluate.queries, min_shots=shots, max_shots=shots),),
+        neighbours=run.episodes.neighbours,
+        questions=run.episodes.questions[:1],
+        seed=run.evaluate.seed,
+    )
+    return build_episodes(pairs, split, config, root)
+
+
+def _evaluate_at(run: RunConfig, shots: int, pairs: Stage, episodes: Stage, root: Path) -> dict[str, Any]:
+    config = run.evaluate
+    backbone = resolve(run.backbone.path)
+    aggregator = resolve(config.aggregator) if config.aggregator and "fused" in config.conditions else None
+    stage = Stage(
+        root,
+        "evaluate",
+        episodes=episodes.fingerprint,
+        backbone=backbone_identity(backbone),
+        aggregator=aggregator_identity(aggregator) if aggregator else None,
+        conditions=config.conditions,
+        max_new_tokens=config.max_new_tokens,
+    )
+
+    def build(folder: Path) -> dict[str, Any]:
+        rows = [{"row": number} for number in range(read_manifest(episodes.folder)["built"])]
+        title = f"Answering at {shots} shots per class"
+        with counting(title, len(rows) * len(config.conditions)) as counter:
+            answered = (
+                ray.data.from_arrow(pa.Table.from_pylist(rows))
+                .repartition(-(-len(rows) // config.batch))
+                .map_batches(
+                    _Answerer,
+                    batch_size=config.batch,
+                    batch_format="pyarrow",
+                    fn_constructor_args=(config, backbone, aggregator, pairs.folder, episodes.folder, counter),
+                    compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, len(rows))),
+                    num_cpus=CPUS_OF_AN_ENCODER,
+                    num_gpus=1 if ray.cluster_resources().get("GPU", 0) >= config.num_workers else 0,
+                )
+            )
+            answers = sorted(answered.take_all(), key=lambda row: (row["episode"], row["condition"]))
+        pq.write_table(pa.Table.from_pylist(answers), folder / PREDICTIONS_FILE)
+        return {"shots_per_class": shots, "part": config.part} | _sum_up(answers)
+
+    return stage.run(build)
+
+
+def _sum_up(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    conditions: dict[str, Any] = {}
+    for condition in sorted({row["condition"] for row in answers}):
+        right = [row["right"] for row in answers if row["condition"] == condition]
+        low, high = wilson_interval(sum(right), len(right))
+        conditions[condition] = {"accuracy": sum(right) / len(right), "low": low, "high": high}
+    tokens = {
+        f"demonstration_{kind}": sum(row[f"tokens_{kind}"] for row in answers) / len(answers)
+        for kind in ("full", "fused")
+    }
+    return {"queries": len(answers) // len(conditions), "conditions": conditions, "tokens": tokens}
+
+
+class _Answerer:
+    """One model with its queries; answers a batch under every condition."""
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        backbone: Path,
+        aggregator: Path | None,
+        pairs: Path,
+        episodes: Path,
+        counter: Any,
+    ) -> None:
+        torch.set_num_threads(1)
+        self._backbone = load_backbone(backbone, device="cuda" if torch.cuda.is_available() else "cpu")
+        loaded = Aggregator.load(aggregator, self._backbone) if aggregator else None
+        self._task = NamingTask(self._backbone, loaded, config.max_new_tokens)
+        self._pictures, self._episodes = PictureStore(pairs), read_episodes(episodes)
+        self._config, self._counter = config, counter
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        episodes = [self._episodes[row] for row in batch.column("row").to_pylist()]
+        keys = sorted({turn["picture"] for episode in episodes for turn in episode["turns"]})
+        pixels = self._backbone.pixels([self._pictures.picture(key) for key in keys])
+        vision = dict(zip(keys, self._backbone.encode_pixels(pixels), strict=True))
+        rows = []
+        for condition in self._config.conditions:
+            answers = self._task.answer(episodes, condition, vision)
+            for episode, answer in zip(episodes, answers, strict=True):
+                costs = [self._task.demonstration_tokens(turn) for turn in episode_turns(episode)[:-1]]
+                rows.append(
+                    {
+                        "episode": episode["episode"],
+                        "condition": condition,
+                        "answer": answer,
+                        "expected": episode["answer"],
+                        "other": episode["other"],
+                        "right": names_only(answer, episode["answer"], episode["other"]),
+                        "tokens_full": sum(full for full, _ in costs) / len(costs),
+                        "tokens_fused": sum(fused for _, fused in costs) / len(costs),
+                    }
+                )
+            ray.get(self._counter.add.remote(len(episodes)))
+        return pa.Table.from_pylist(rows)
