@@ -51,21 +51,23 @@ def prepare(run: RunConfig, root: Path) -> Materials:
     split = Split.load(corpus)
     pairs = read_pairs(corpus, root)
     backbone = open_backbone(run.backbone, pairs, split, root)
-    train_on = [
-        row["picture"] for row in read_metadata(pairs.folder) if split.trains_on(row["concept"], row["style"])
-    ]
     if isinstance(run.method, SupConConfig):
         features = None
         if run.method.teacher is not None:
-            teacher = Path(run.method.teacher)
+            rows = read_metadata(pairs.folder)
+            train_on = [row["picture"] for row in rows if split.trains_on(row["concept"], row["style"])]
+            teacher = resolve(run.method.teacher)
             features = teach_pictures(pairs, teacher, run.method.teacher_pixels, train_on, root).folder
         return Materials(backbone, pairs.folder, corpus, features=features)
     episodes = build_episodes(pairs, split, run.episodes, root)
-    features = encode_pictures(pairs, backbone, train_on, run.train.picture_variants, root).folder
+    rows = read_episodes(episodes.folder)
     states = None
     if METHODS[run.method.type].needs_states:
-        rows = read_episodes(episodes.folder)
         states = encode_demonstrations(pairs, backbone, rows, episodes.fingerprint, root).folder
+    # A demonstration whose states are known is never looked at again; its query is.
+    seen = [turn["picture"] for row in rows for turn in (row["turns"][-1:] if states else row["turns"])]
+    variants = run.train.picture_variants
+    features = encode_pictures(pairs, backbone, sorted(set(seen)), variants, root).folder
     return Materials(backbone, pairs.folder, corpus, episodes.folder, features, states)
 
 
@@ -86,7 +88,7 @@ def open_backbone(config: BackboneConfig, pairs: Stage, split: Split, root: Path
         else:
             backbone = load_backbone(resolve(config.path))
         if config.vision_tower is not None:
-            load_vision_tower(Path(config.vision_tower), backbone)
+            load_vision_tower(resolve(config.vision_tower), backbone)
         backbone.save(folder)
         return {"parameters": sum(parameter.numel() for parameter in backbone.parameters())}
 

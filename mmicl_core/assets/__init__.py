@@ -12,13 +12,15 @@ EMBEDDED = "embedded:"
 
 
 def resolve(path: str) -> Path:
-    """A folder by its path, or by `embedded:NAME` for one inside the package.
+    """The absolute path of a folder, or of `embedded:NAME`, one inside the package.
+
+    Workers have other working directories than the command that names a folder.
 
     Raises:
         ConfigError: the package has nothing of that name.
     """
     if not path.startswith(EMBEDDED):
-        return Path(path)
+        return Path(path).absolute()
     here = Path(__file__).parent
     folder = here / path.removeprefix(EMBEDDED)
     if not folder.is_dir():

@@ -37,7 +37,7 @@ def load_run(recipe: Path, overrides: dict[str, Any] | None = None) -> RunConfig
         ConfigError: the file is missing, is not YAML, or holds a wrong setting.
     """
     if not recipe.is_file():
-        raise ConfigError(f"recipe {recipe} does not exist; the ones that come along: {_recipes()}")
+        raise ConfigError(f"recipe {recipe} does not exist: name a YAML file of settings")
     try:
         settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:

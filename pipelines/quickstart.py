@@ -1,0 +1,202 @@
+"""The whole loop in one command: episodes, training, evaluation, serving, report.
+
+Every step is a stage, so a second run reuses what is unchanged and says so; only the server is
+started anew, because what it shows is that it runs.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+
+from mmicl_core.assets import resolve
+from mmicl_core.config.run import RunConfig, load_run
+from mmicl_core.data.files import write_atomic
+from mmicl_core.data.pictures import PictureStore
+from mmicl_core.data.splits import Split
+from mmicl_core.evaluation.metrics import names_only
+from mmicl_core.evaluation.report import ShownEpisode, accuracy_table, render_report
+from pipelines.episodes import corpus_counts, read_episodes, read_pairs
+from pipelines.evaluate import evaluate, evaluation_episodes
+from pipelines.serve import app
+from pipelines.stages import Stage, read_manifest
+from pipelines.train import RESULT, train
+
+__all__ = ["quickstart"]
+
+log = logging.getLogger("mmicl")
+
+RECIPE = "quickstart.yaml"
+SHIPPED_AGGREGATOR = "embedded:nano_aim"
+REQUEST_SECONDS = 60.0
+TIMED_REQUESTS = 5
+
+
+def quickstart(output: Path, recipe: Path | None = None) -> dict[str, Any]:
+    """Run everything into `output`; gives the content of `report.json`. Ray must be up.
+
+    Raises:
+        MmiclError: a setting, a file or a corpus is wrong.
+    """
+    run = load_run(recipe or Path(str(files("pipelines") / "recipes" / RECIPE)))
+    root, clock = output / "stages", _Clock()
+    corpus = resolve(run.corpus.path)
+    split = Split.load(corpus)
+    with clock.step("read the corpus and draw episodes"):
+        pairs = read_pairs(corpus, root)
+    with clock.step("train the aggregator"):
+        trained = train(run, root)
+    with clock.step("evaluate on held-out concepts"):
+        rows = _evaluate(run, trained, root)
+    with clock.step("serve and ask"):
+        held_out = evaluation_episodes(pairs, split, run, run.evaluate.shots_per_class[0], root)
+        episode = read_episodes(held_out.folder)[0]
+        served, shown = _serve_and_ask(run, trained, episode, PictureStore(pairs.folder), root)
+    report = {
+        "corpus": corpus_counts(pairs, split),
+        "episodes": _episode_counts(trained),
+        "train": read_manifest(trained.folder),
+        **rows,
+        "serve": served,
+        "seconds": clock.seconds,
+    }
+    write_atomic(output / "report.json", json.dumps(report, indent=1) + "\n")
+    write_atomic(output / "report.html", render_report(report, shown))
+    _print_table(report, output)
+    return report
+
+
+class _Clock:
+    """Announces steps and keeps how long they took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        log.info("\n%d. %s", len(self.seconds) + 1, name.capitalize())
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 1)
+
+
+def _evaluate(run: RunConfig, trained: Stage, root: Path) -> dict[str, Any]:
+    """The first row of the evaluation with the aggregator just trained, and the shipped one beside it."""
+    (row,) = evaluate(_with_evaluation(run, aggregator=str(trained.folder / RESULT)), root)[:1]
+    shipped = _with_evaluation(run, aggregator=SHIPPED_AGGREGATOR, conditions=("fused",))
+    (shipped_row,) = evaluate(shipped, root)[:1]
+    scores = row["conditions"] | {"fused_shipped": shipped_row["conditions"]["fused"]}
+    about = {"shots_per_class": row["shots_per_class"], "queries": row["queries"]}
+    return {"evaluation": about | scores, "tokens": row["tokens"]}
+
+
+def _with_evaluation(run: RunConfig, **changes: Any) -> RunConfig:
+    return run.model_copy(update={"evaluate": run.evaluate.model_copy(update=changes)})
+
+
+def _episode_counts(trained: Stage) -> dict[str, Any]:
+    episodes = trained.settings["materials"]["episodes"]
+    return read_manifest(trained.folder.parent / episodes)
+
+
+def _serve_and_ask(
+    run: RunConfig, trained: Stage, episode: Mapping[str, Any], pictures: PictureStore, root: Path
+) -> tuple[dict[str, Any], ShownEpisode]:
+    """Start the server, register the demonstrations, ask with the pack and with the full turns."""
+    serve = run.serve.model_copy(
+        update={"aggregator": SHIPPED_AGGREGATOR, "bank": str((root / "bank").absolute()), "port": _free_port()}
+    )
+    *shown, query = episode["turns"]
+    demonstrations = [
+        {
+            "image_url": {"url": _data_uri(pictures.encoded(turn["picture"]))},
+            "question": turn["question"],
+            "answer": turn["answer"],
+        }
+        for turn in shown
+    ]
+    asked = [_message(pictures, query["picture"], query["question"])]
+    told = [
+        message
+        for turn in shown
+        for message in (
+            _message(pictures, turn["picture"], turn["question"]),
+            {"role": "assistant", "content": turn["answer"]},
+        )
+    ]
+    url = app.start(run.model_copy(update={"serve": serve}))
+    try:
+        with httpx.Client(base_url=url, timeout=REQUEST_SECONDS) as client:
+            pack = _post(client, "/v1/demo_packs", {"demonstrations": demonstrations})
+            with_pack = {"model": serve.model_name, "messages": asked, "demo_pack": pack["id"]}
+            answers = [_post(client, "/v1/chat/completions", with_pack) for _ in range(TIMED_REQUESTS)]
+            in_full = {"model": serve.model_name, "messages": [*told, *asked]}
+            full = [_post(client, "/v1/chat/completions", in_full) for _ in range(TIMED_REQUESTS)]
+    finally:
+        app.stop()
+    answer = answers[0]["choices"][0]["message"]["content"]
+    log.info("asked over HTTP: %r answered %r, expected %r", query["question"], answer, episode["answer"])
+    served = {
+        "answer": answer,
+        "expected": episode["answer"],
+        "ttft_ms_full": median(reply["mmicl"]["ttft_ms"] for reply in full),
+        "ttft_ms_pack": median(reply["mmicl"]["ttft_ms"] for reply in answers),
+        "usage_full": full[0]["usage"],
+        "usage_pack": answers[0]["usage"],
+    }
+    return served, ShownEpisode(
+        demonstrations=[(pictures.encoded(turn["picture"]), turn["answer"]) for turn in shown],
+        query=pictures.encoded(query["picture"]),
+        answer=answer,
+        expected=episode["answer"],
+        right=names_only(answer, episode["answer"], episode["other"]),
+    )
+
+
+def _post(client: httpx.Client, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    response = client.post(path, json=body)
+    response.raise_for_status()
+    reply: dict[str, Any] = response.json()
+    return reply
+
+
+def _message(pictures: PictureStore, picture: str, question: str) -> dict[str, Any]:
+    image = {"type": "image_url", "image_url": {"url": _data_uri(pictures.encoded(picture))}}
+    return {"role": "user", "content": [image, {"type": "text", "text": question}]}
+
+
+def _data_uri(data: bytes) -> str:
+    kind = "png" if data.startswith(b"\x89PNG") else "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _print_table(report: Mapping[str, Any], output: Path) -> None:
+    evaluation, tokens, serve = report["evaluation"], report["tokens"], report["serve"]
+    lines = [f"\n{evaluation['queries']} held-out questions, {evaluation['shots_per_class']} shots per class"]
+    for label, accuracy, interval in accuracy_table(evaluation):
+        lines.append(f"  {label:<34} {accuracy}   95 % interval {interval}")
+    lines += [
+        f"  tokens of a demonstration          {tokens['demonstration_full']:.1f} full, "
+        f"{tokens['demonstration_fused']:.1f} fused",
+        f"  time to first token                {serve['ttft_ms_full']:.0f} ms full, "
+        f"{serve['ttft_ms_pack']:.0f} ms with the pack",
+        f"\nreport: {output / 'report.html'} and {output / 'report.json'}",
+    ]
+    print("\n".join(lines))
