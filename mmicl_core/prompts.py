@@ -120,7 +120,8 @@ class ChatFormat:
             yield Piece("text", ids=tuple(ids), scored=scored)
 
     def _refuse_control_tokens(self, text: str) -> None:
-        for token in self._tokenizer.all_special_tokens:
+        # Not every tokenizer counts the picture's token among the special ones.
+        for token in (self._image_token, *self._tokenizer.all_special_tokens):
             if token in text:
                 raise DataError(
                     f"the text {text!r} holds the control token {token}, which would forge a picture "

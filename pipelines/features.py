@@ -1,12 +1,13 @@
 """Ray Data: what frozen parts give is computed once, by a pool of actors, and kept.
 
-    pictures --vision tower--> (V, W) of each picture
-    pictures --teacher--> (E,) of each picture
-    demonstrations --frozen backbone, each read alone--> (T, D) of each demonstration
+pictures --vision tower--> (V, W) of each picture
+pictures --teacher--> (E,) of each picture
+demonstrations --frozen backbone, each read alone--> (T, D) of each demonstration
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,12 @@ def encode_pictures(
     )
     rows = [{"picture": picture} for picture in pictures]
     return _encode(
-        stage, "Encoding pictures", rows, PICTURES_PER_BATCH, _PictureEncoder, (backbone, pairs.folder, variants)
+        stage,
+        "Encoding pictures",
+        rows,
+        PICTURES_PER_BATCH,
+        _PictureEncoder,
+        (backbone, pairs.folder, variants),
     )
 
 
@@ -126,18 +132,30 @@ class _PictureEncoder:
         pixels = self._backbone.pixels([self._pictures.picture(key) for key in keys])
         tables = []
         for variant in range(self._variants):
-            generator = torch.Generator().manual_seed(variant)
-            seen = augment(pixels, generator) if variant else pixels
+            seen = _augmented(pixels, keys, variant) if variant else pixels
             vision_NVW = self._backbone.encode_pixels(seen).float().cpu().numpy()
             tables.append(store_columns([variant_key(key, variant) for key in keys], list(vision_NVW)))
         ray.get(self._counter.add.remote(len(keys)))
         return pa.concat_tables(tables)
 
 
+def _augmented(pixels: torch.Tensor, keys: Sequence[str], variant: int) -> torch.Tensor:
+    """Each picture changed by a chance of its own: how Ray cuts batches must not change what is seen."""
+    changed = []
+    for number, key in enumerate(keys):
+        seed = zlib.crc32(variant_key(key, variant).encode())
+        changed.append(augment(pixels[number : number + 1], torch.Generator().manual_seed(seed)))
+    return torch.cat(changed)
+
+
 class _Teacher:
     def __init__(self, teacher: Path, pairs: Path, side: int, counter: Any) -> None:
         torch.set_num_threads(1)
-        self._teacher, self._pictures, self._counter = ImageTeacher(teacher, side), PictureStore(pairs), counter
+        self._teacher, self._pictures, self._counter = (
+            ImageTeacher(teacher, side),
+            PictureStore(pairs),
+            counter,
+        )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         keys = batch.column("picture").to_pylist()

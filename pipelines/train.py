@@ -164,7 +164,8 @@ class _Feed:
         row = self._rows[number]
         if self._pictures is not None:
             return row | {"image": self._pictures.encoded(row["picture"]), "visit": visit}
-        return vary_turns(row, visit, self._run.train.picture_variants)
+        variants, kept = self._run.train.picture_variants, self._method.needs_states
+        return vary_turns(row, visit, variants, query_only=kept)
 
     def _read_rows(self, materials: Materials) -> list[dict[str, Any]]:
         if materials.episodes is not None:

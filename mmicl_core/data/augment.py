@@ -52,10 +52,19 @@ def variant_key(picture: str, variant: int) -> str:
     return f"{picture}#{variant}" if variant else picture
 
 
-def vary_turns(row: Mapping[str, Any], visit: int, variants: int) -> dict[str, Any]:
-    """An EPISODE row whose turns name versions of their pictures, drawn by the number of the visit."""
+def vary_turns(
+    row: Mapping[str, Any], visit: int, variants: int, *, query_only: bool = False
+) -> dict[str, Any]:
+    """An EPISODE row whose turns name versions of their pictures, drawn by the number of the visit.
+
+    Args:
+        query_only: leave the demonstrations as they are, because their states are kept for the pictures
+            themselves.
+    """
     rng = random.Random(f"variants/{visit}")
     turns = [
         turn | {"picture": variant_key(turn["picture"], rng.randrange(variants))} for turn in row["turns"]
     ]
+    if query_only:
+        turns[:-1] = row["turns"][:-1]
     return dict(row) | {"turns": turns}

@@ -68,9 +68,7 @@ def pack(
         ids, image, fused, labels = [], [], [], []
         for piece in prompt:
             text = piece.kind == "text"
-            count = (
-                len(piece.ids) if text else visual_tokens if piece.kind == "image" else next(lengths)
-            )
+            count = len(piece.ids) if text else visual_tokens if piece.kind == "image" else next(lengths)
             ids += piece.ids if text else [padding_id] * count
             image += [piece.kind == "image"] * count
             fused += [piece.kind == "fused"] * count

@@ -36,7 +36,9 @@ def save_mobilenet(checkpoint: Path, folder: Path) -> None:
     source = torch.load(checkpoint, weights_only=True)
     target = model.state_dict()
     if [tensor.shape for tensor in source.values()] != [tensor.shape for tensor in target.values()]:
-        raise CheckpointError(f"{checkpoint} is not MobileNetV2: its tensors have other shapes or another order")
+        raise CheckpointError(
+            f"{checkpoint} is not MobileNetV2: its tensors have other shapes or another order"
+        )
     model.load_state_dict(dict(zip(target, source.values(), strict=True)))
     model.mobilenet_v2.save_pretrained(folder)
 

@@ -138,10 +138,12 @@ def _link_episode(
     }
 
 
-def _caption_episode(number: int, shots: int, pool: Pool, rng: random.Random) -> dict[str, Any]:
+def _caption_episode(number: int, shots: int, pool: Pool, rng: random.Random) -> dict[str, Any] | str:
     """As many pictures as a link episode has, each asked for its true name or for a description."""
     turns = []
     shown = [concept for concept in pool.concepts if pool.shown[concept]]
+    if not shown:
+        return "no concept has a picture"
     for _ in range(2 * shots + 1):
         concept = pool.concepts[rng.choice(shown)]
         picture = rng.choice(pool.shown[concept.concept])

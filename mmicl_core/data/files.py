@@ -28,8 +28,13 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         if target.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             target.rename(retired / target.name)
-            temporary.rename(target)
-            shutil.rmtree(retired)
+            try:
+                temporary.rename(target)
+            except OSError:
+                (retired / target.name).rename(target)
+                raise
+            finally:
+                shutil.rmtree(retired, ignore_errors=True)
         else:
             temporary.rename(target)
     finally:

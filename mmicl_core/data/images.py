@@ -29,7 +29,10 @@ def decode(data: bytes, *, max_pixels: int = 16_000_000) -> Image.Image:
             if picture.mode == "RGB":
                 return picture.copy()
             rgba = picture.convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    # A PNG whose header chunk is cut short is a bare ValueError in PIL.
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"the bytes are not a readable picture: {error}") from error
     white = Image.new("RGB", rgba.size, "white")
     white.paste(rgba, mask=rgba.getchannel("A"))

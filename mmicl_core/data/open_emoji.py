@@ -69,9 +69,7 @@ STYLES = (
     Style("noto", "emoji-datasource-google@16.0.0", "png", "img/google/64", "Apache-2.0", "Google"),
     Style("google-2018", "emoji-datasource-google@4.0.4", "png", "img/google/64", "Apache-2.0", "Google"),
     Style("google-blob", "emoji-datasource-google@3.0.0", "png", "img/google/64", "Apache-2.0", "Google"),
-    Style(
-        "twemoji", "emoji-datasource-twitter@16.0.0", "png", "img/twitter/64", "CC-BY-4.0", "Twitter, Inc"
-    ),
+    Style("twemoji", "emoji-datasource-twitter@16.0.0", "png", "img/twitter/64", "CC-BY-4.0", "Twitter, Inc"),
     Style("openmoji", "openmoji@17.0.0", "svg", "color/svg", "CC-BY-SA-4.0", "OpenMoji contributors"),
     Style("openmoji-black", "openmoji@17.0.0", "svg", "black/svg", "CC-BY-SA-4.0", "OpenMoji contributors"),
     Style("fluent-3d", "@lobehub/fluent-emoji-3d@1.1.0", "webp", "assets", "MIT", "Microsoft"),

@@ -33,7 +33,7 @@ class PictureStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._tables = [
-            pq.read_table(file, columns=["picture", "image"], memory_map=True) for file in _files(folder)
+            pq.read_table(file, columns=["picture", "image"], filters=USABLE) for file in _files(folder)
         ]
         self._where = {
             key: (number, row)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 import zlib
@@ -10,14 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import pyarrow as pa
 
+from mmicl_core.data.images import decode
 from mmicl_core.data.schema import PAIR
 from mmicl_core.errors import DataError
 
 __all__ = ["find_shards", "read_shard"]
 
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
+TOLD = [field for field in PAIR if field.name not in ("picture", "image")]
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -37,28 +38,52 @@ def find_shards(folder: Path) -> list[Path]:
 def read_shard(path: Path) -> Iterator[dict[str, Any]]:
     """PAIR rows of one webdataset tar, each with one more key, `skipped`: None or why it is unusable.
 
-    The members of a sample share the part of their name before the first dot and lie together. A
-    broken archive ends with one row that says so; the rows before it stand.
+    The members of a sample share their folder and the part of their name before its first dot, and lie
+    together. A broken archive ends with one row that says so; the rows before it stand.
     """
+    met = set[str]()
+    for key, members in _samples(path):
+        row = _skipped(key, members) if isinstance(members, str) else _pair(key, members)
+        if row["skipped"] is None and key in met:
+            row = _skipped(key, "repeated key")
+        met.add(key)
+        yield row
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | str]]:
+    """Keys with the members of each sample by suffix; last, if need be, the shard with what broke it."""
     key, members = "", dict[str, bytes]()
+    broken = None
     try:
         with tarfile.open(path) as archive:
             for member in archive:
                 if not member.isfile():
                     continue
-                sample, _, suffix = member.name.partition(".")
-                if sample != key and members:
-                    yield _pair(key, members)
+                folder, slash, file = member.name.removeprefix("./").rpartition("/")
+                stem, _, suffix = file.partition(".")
+                sample, suffix = folder + slash + stem, suffix.lower()
+                if members and (sample != key or suffix in members):
+                    yield key, members
                     members = {}
                 content = archive.extractfile(member)
                 assert content is not None
                 key = sample
-                members[suffix.lower()] = content.read()
+                members[suffix] = content.read()
+            _check_end(archive)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        yield _skipped(path.name, f"broken shard: {type(error).__name__}")
-        return
+        broken = f"broken shard: {type(error).__name__}"
     if members:
-        yield _pair(key, members)
+        yield key, members
+    if broken is not None:
+        yield path.name, broken
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    # Behind the first member, tarfile takes a broken header for the end; the real end is a block of zeros.
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("the end of the archive is missing")
 
 
 def _pair(key: str, members: dict[str, bytes]) -> dict[str, Any]:
@@ -69,17 +94,23 @@ def _pair(key: str, members: dict[str, bytes]) -> dict[str, Any]:
         return _skipped(key, "no metadata")
     try:
         metadata = json.loads(members["json"])
-    except ValueError:
+    except (ValueError, RecursionError):
         return _skipped(key, "broken metadata")
-    wanted = {field.name for field in PAIR} - {"picture", "image"}
-    if not isinstance(metadata, dict) or not wanted <= set(metadata):
+    if not isinstance(metadata, dict) or not all(_fits(metadata.get(field.name), field) for field in TOLD):
         return _skipped(key, "incomplete metadata")
     try:
-        with Image.open(io.BytesIO(image)) as picture:
-            picture.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        # Only decoding finds the picture that ends too early; found later, it would stop a whole run.
+        decode(image)
+    except DataError:
         return _skipped(key, "broken picture")
-    return {"picture": key, "image": image, "skipped": None} | {name: metadata[name] for name in wanted}
+    row = {"picture": key, "image": image, "skipped": None}
+    return row | {field.name: metadata[field.name] for field in TOLD}
+
+
+def _fits(value: Any, field: pa.Field) -> bool:
+    if pa.types.is_list(field.type):
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return isinstance(value, str)
 
 
 def _skipped(key: str, reason: str) -> dict[str, Any]:

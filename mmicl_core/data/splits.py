@@ -33,9 +33,13 @@ class Split:
             )
         try:
             split = json.loads(path.read_text(encoding="utf-8"))
-            return cls(frozenset(split["held_out_concepts"]), split["held_out_style"])
+            concepts, style = split["held_out_concepts"], split["held_out_style"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is not a split: {error!r}") from error
+        # A bare word would pass for the set of its letters, and nothing would be held out.
+        if not isinstance(concepts, list) or not all(isinstance(name, str) for name in [*concepts, style]):
+            raise DataError(f"{path} is not a split: it takes a list of concepts and the name of a style")
+        return cls(frozenset(concepts), style)
 
     def trains_on(self, concept: str, style: str) -> bool:
         """Whether a picture may be seen in training."""

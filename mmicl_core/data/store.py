@@ -19,10 +19,20 @@ from mmicl_core.errors import DataError
 __all__ = ["STORE", "ArrayStore", "store_columns"]
 
 STORE = pa.schema([("key", pa.string()), ("shape", pa.list_(pa.int32())), ("values", pa.binary())])
+LARGEST = float(np.finfo(np.float16).max)
 
 
 def store_columns(keys: Sequence[str], arrays: Sequence[np.ndarray]) -> pa.Table:
-    """The rows that a stage writes for `arrays`."""
+    """The rows that a stage writes for `arrays`.
+
+    Raises:
+        DataError: a value is no number, or larger than 16-bit floats go.
+    """
+    for key, array in zip(keys, arrays, strict=True):
+        if not np.abs(array).max(initial=0) <= LARGEST:
+            raise DataError(
+                f"the features of {key!r} pass {LARGEST:.0f}, the largest 16-bit float, or are NaN"
+            )
     values = [np.ascontiguousarray(array, dtype=np.float16).tobytes() for array in arrays]
     shapes = [list(array.shape) for array in arrays]
     return pa.table({"key": list(keys), "shape": shapes, "values": values}, schema=STORE)

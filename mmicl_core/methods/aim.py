@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -86,15 +87,20 @@ class Aggregator(nn.Module):
         """
         if not (folder / ABOUT_FILE).is_file():
             raise CheckpointError(f"{folder} holds no aggregator: it has no {ABOUT_FILE}")
-        about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
-        if about["width"] != backbone.width or about["backbone"] != backbone.identity:
+        try:
+            about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+            width, identity, layer_norm = about["width"], about["backbone"], about["layer_norm"]
+            weights = load_file(folder / WEIGHTS_FILE)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"the aggregator in {folder} cannot be read: {error!r}") from error
+        if width != backbone.width or identity != backbone.identity:
             raise CheckpointError(
-                f"the aggregator in {folder} was trained for backbone {about['backbone']} of width "
-                f"{about['width']}, the model is {backbone.identity} of width {backbone.width}: "
-                "train one for this model with `mmicl train`"
+                f"the aggregator in {folder} was trained for backbone {identity} of width {width}, the "
+                f"model is {backbone.identity} of width {backbone.width}: train one for this model with "
+                "`mmicl train`"
             )
-        aggregator = cls(about["width"], layer_norm=about["layer_norm"])
-        aggregator.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        aggregator = cls(width, layer_norm=layer_norm)
+        aggregator.load_state_dict(weights)
         return aggregator.to(backbone.device).requires_grad_(requires_grad=False)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -144,5 +145,5 @@ def load_vision_tower(folder: Path, backbone: HuggingFaceBackbone) -> None:
         raise CheckpointError(f"{folder} holds no vision tower: it has no {TOWER_FILE}")
     try:
         backbone.vision_tower.load_state_dict(load_file(path))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"the vision tower in {folder} does not fit the model: {error}") from error

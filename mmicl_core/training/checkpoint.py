@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -61,10 +62,10 @@ def load_state(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> TrainStat
     """
     try:
         about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+        step, found = int(about["step"]), {name: tuple(s) for name, s in about["parameters"].items()}
         tensors = load_file(folder / TENSORS_FILE)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from error
-    found = {name: tuple(shape) for name, shape in about["parameters"].items()}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {error!r}") from error
     for name in sorted(found.keys() | shapes.keys()):
         if found.get(name) != shapes.get(name):
             raise CheckpointError(
@@ -75,4 +76,4 @@ def load_state(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> TrainStat
         name: Moments(*(tensors[f"{kind}/{name}"] for kind in ("value", "first", "second")))
         for name in shapes
     }
-    return TrainState(about["step"], parameters)
+    return TrainState(step, parameters)

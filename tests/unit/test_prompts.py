@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mmicl_core.errors import BackboneError, DataError
+from mmicl_core.prompts import IMAGE, ChatFormat, Piece, Turn
+from tests.fakes import tiny_backbone
+
+
+class _Letters:
+    """A tokenizer whose tokens are letters."""
+
+    all_special_tokens = ("<stop>",)
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+class _Processor:
+    """A processor whose chat template is a function of the turns and of whether an answer is asked for."""
+
+    tokenizer = _Letters()
+    image_token = "<image>"
+
+    def __init__(self, template: Any) -> None:
+        self._template = template
+
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        assert not tokenize
+        spoken = []
+        for message in messages:
+            parts = [part.get("text", "<image>") for part in message["content"]]
+            spoken.append((message["role"], "".join(parts)))
+        return str(self._template(spoken, add_generation_prompt))
+
+
+def _vicuna(spoken: list[tuple[str, str]], asks: bool) -> str:
+    """LLaVA-1.5: a system sentence once, then turns."""
+    text = "A chat. "
+    for role, said in spoken:
+        text += f"USER: {said} " if role == "user" else f"ASSISTANT: {said}</s>"
+    return text + ("ASSISTANT:" if asks else "")
+
+
+def _text(pieces: list[Piece]) -> str:
+    return "".join("<image>" if p.kind == IMAGE else "".join(map(chr, p.ids)) for p in pieces)
+
+
+def test_prefix_and_turns_of_nano_join_to_what_its_template_writes() -> None:
+    processor = tiny_backbone().processor
+    chat = ChatFormat(processor)
+    turns = [Turn("a", "This is", "bako"), Turn("b", "This is", "mute"), Turn("c", "This is", None)]
+    pieces = [*chat.prefix(), *(piece for turn in turns for piece in chat.turn(turn))]
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    ids = [token for piece in pieces for token in (piece.ids if piece.kind == "text" else [image])]
+    text = "<s><image>This is<answer>bako</s><image>This is<answer>mute</s><image>This is<answer>"
+    assert ids == processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [piece.reference for piece in pieces if piece.kind == IMAGE] == ["a", "b", "c"]
+
+
+def test_prefix_of_a_template_with_a_system_message_stands_once() -> None:
+    chat = ChatFormat(_Processor(_vicuna))
+    assert _text(chat.prefix()) == "A chat. "
+    assert _text(chat.turn(Turn("a", "What?", "A cat"))) == "USER: <image>What? ASSISTANT: A cat</s>"
+    assert _text(chat.turn(Turn(None, "What?", None))) == "USER: What? ASSISTANT:"
+
+
+def test_template_without_a_prefix_has_an_empty_one() -> None:
+    chat = ChatFormat(_Processor(lambda spoken, asks: _vicuna(spoken, asks).removeprefix("A chat. ")))
+    assert chat.prefix() == []
+
+
+def test_answer_is_scored_with_its_end_and_without_its_question() -> None:
+    chat = ChatFormat(_Processor(_vicuna))
+    pieces = chat.turn(Turn("a", "What?", "A cat", scored=True))
+    assert _text([piece for piece in pieces if piece.scored]) == " A cat</s>"
+    assert not any(piece.scored for piece in chat.turn(Turn("a", "What?", "A cat")))
+
+
+@pytest.mark.parametrize("token", ["<image>", "<answer>", "<s>", "</s>", "<pad>"])
+@pytest.mark.parametrize("place", ["question", "answer"])
+def test_a_forged_control_token_is_refused(token: str, place: str) -> None:
+    chat = ChatFormat(tiny_backbone().processor)
+    words = {"question": "This is", "answer": "bako"} | {place: f"so{token}so"}
+    with pytest.raises(DataError, match=f"control token {token}"):
+        chat.turn(Turn("a", **words))
+
+
+def test_a_forged_picture_is_refused_where_the_tokenizer_does_not_call_its_token_special() -> None:
+    chat = ChatFormat(_Processor(_vicuna))
+    with pytest.raises(DataError, match="control token <image>"):
+        chat.turn(Turn("a", "Look: <image>", None))
+
+
+def test_a_template_that_numbers_its_turns_is_refused() -> None:
+    def numbered(spoken: list[tuple[str, str]], asks: bool) -> str:
+        return "".join(f"{number}. {said}\n" for number, (_, said) in enumerate(spoken))
+
+    with pytest.raises(BackboneError, match="writes a second turn differently"):
+        ChatFormat(_Processor(numbered))
+
+
+def test_a_template_that_puts_all_pictures_first_is_refused() -> None:
+    def gathered(spoken: list[tuple[str, str]], asks: bool) -> str:
+        text = _vicuna(spoken, asks)
+        return "<image>" * text.count("<image>") + text.replace("<image>", "")
+
+    with pytest.raises(BackboneError, match="demonstrations could not be cached apart"):
+        ChatFormat(_Processor(gathered))
+
+
+def test_a_template_that_asks_in_other_words_than_it_answers_is_refused() -> None:
+    def another(spoken: list[tuple[str, str]], asks: bool) -> str:
+        return _vicuna(spoken, False) + ("MODEL:" if asks else "")
+
+    with pytest.raises(BackboneError, match="does not begin with"):
+        ChatFormat(_Processor(another)).turn(Turn("a", "What?", "A cat"))
+
+
+def test_decoding_gives_the_words_without_control_tokens() -> None:
+    processor = tiny_backbone().processor
+    ids = processor.tokenizer("bako</s>", add_special_tokens=False)["input_ids"]
+    assert ChatFormat(processor).decode(ids) == "bako"
