@@ -30,24 +30,34 @@ class RunConfig(Config):
     serve: ServeConfig = ServeConfig()
 
 
-def load_run(recipe: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
-    """Read a recipe and lay `overrides` (nested like the recipe) over it.
+def load_run(recipe: Path | None = None, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read a recipe, or the defaults where there is none, and lay `overrides` (nested alike) over it.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or holds a wrong setting.
     """
+    settings = {} if recipe is None else _read(recipe)
+    sources = [str(recipe)] if recipe else []
+    where = " with ".join([*sources, "the command line"] if overrides else sources)
+    # Sections left out take their defaults; so does the type of a method that says only other settings.
+    settings = _overlay({"method": {"type": AimConfig().type}}, settings)
+    try:
+        return RunConfig.model_validate(_overlay(settings, overrides or {}))
+    except ValidationError as error:
+        raise explain(error, where) from error
+
+
+def _read(recipe: Path) -> dict[str, Any]:
     if not recipe.is_file():
         raise ConfigError(f"recipe {recipe} does not exist: name a YAML file of settings")
     try:
         settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {recipe} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"recipe {recipe} is not YAML: {reason}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"recipe {recipe} holds a {type(settings).__name__}, not sections of settings")
-    try:
-        return RunConfig.model_validate(_overlay(settings, overrides or {}))
-    except ValidationError as error:
-        raise explain(error, str(recipe)) from error
+    return settings
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

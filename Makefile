@@ -1,0 +1,44 @@
+# The words for people and for CI; each makes the environment that it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help quickstart test check bench trials clean
+
+help:
+	@echo "make quickstart   the whole loop on real pictures: runs/quickstart/report.html"
+	@echo "make test         unit, house and integration tests"
+	@echo "make check        format, lint, types, house rules"
+	@echo "make bench        benchmarks"
+	@echo "make trials       long chaos, soak and fuzz runs"
+	@echo "make clean        remove the environment and what tools leave behind"
+
+quickstart: $(STAMP)
+	$(BIN)/mmicl quickstart --output runs/quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not bench and not trial"
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/house
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest -m bench -s --timeout=0
+
+trials: $(STAMP)
+	$(BIN)/python -m pytest -m trial -s --timeout=0
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# Editable, so that an edit needs no second installation; the stamp comes last, so that a broken
+# installation is made again.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[corpus,test,check]'
+	touch $(STAMP)

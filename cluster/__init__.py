@@ -1,0 +1,1 @@
+"""What runs the programs on a cluster; it knows them only as commands."""

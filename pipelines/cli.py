@@ -1,0 +1,250 @@
+"""`mmicl`: the command line.
+
+    mmicl VERB [--recipe R] [--output DIR] [--SECTION.SETTING VALUE ...]
+
+A verb imports its program when it is called, so that help and mistakes are answered at once. What a
+user can mend is one sentence on stderr and exit code 2; what only a programmer can is a traceback.
+Results go to stdout as JSON, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmicl_core.config.run import RunConfig
+from mmicl_core.errors import MmiclError
+from pipelines.arguments import Parser, find_recipe, output_folder
+from pipelines.environment import cluster, prepare_process
+
+if TYPE_CHECKING:
+    from pipelines.settings import RunArguments
+
+__all__ = ["main"]
+
+MISTAKE = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; gives the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    prepare_process()
+    try:
+        verb, rest = _choose(given)
+        return VERBS[verb].run(rest)
+    except KeyboardInterrupt:
+        print("mmicl: stopped", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        mistakes = [cause for cause in _causes(error) if isinstance(cause, MmiclError)]
+        if not mistakes:
+            raise
+        for sentence in str(mistakes[-1]).splitlines():
+            print(f"mmicl: {sentence}", file=sys.stderr)
+        return MISTAKE
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and, one by one, what it wraps: Ray passes on what a worker raised, with a traceback."""
+    while error is not None:
+        yield error
+        failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+        for failure in failures.values():
+            yield from _causes(failure)
+        error = getattr(error, "cause", None) or error.__cause__
+
+
+def _choose(arguments: list[str]) -> tuple[str, list[str]]:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.about}" for name, verb in VERBS.items())
+    parser = Parser(
+        prog="mmicl",
+        usage="mmicl VERB [...]; `mmicl VERB --help` says what it takes",
+        description="Multimodal in-context learning on Ray.",
+        epilog=f"verbs:\n{verbs}",
+    )
+    parser.add_argument("verb", metavar="VERB", choices=list(VERBS))
+    known = parser.parse_args(arguments[:1])
+    return known.verb, arguments[1:]
+
+
+def _parse_run(verb: str, arguments: Sequence[str]) -> RunArguments:
+    # Making a flag of every setting is only worth its time once a run is asked for.
+    from pipelines.settings import parse_run
+
+    return parse_run(verb, VERBS[verb.partition(" ")[0]].about, arguments)
+
+
+@contextmanager
+def _running(verb: str, arguments: Sequence[str]) -> Iterator[tuple[RunConfig, Path]]:
+    """The settings and the folder of a run, on a cluster that is up."""
+    given = _parse_run(verb, arguments)
+    output = output_folder(given.output)
+    with cluster(verbose=given.verbose):
+        yield given.run, output
+
+
+def _print(result: Any) -> int:
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def _quickstart(arguments: list[str]) -> int:
+    parser = Parser(prog="mmicl quickstart", description=VERBS["quickstart"].about)
+    parser.add_argument("--output", default="runs/quickstart", help="folder (default: %(default)s)")
+    parser.add_argument("--recipe", help="another recipe than the quickstart's own")
+    parser.add_argument("--verbose", action="store_true", help="show what Ray and its workers print")
+    given = parser.parse_args(arguments)
+    output = output_folder(given.output)
+    recipe = None if given.recipe is None else find_recipe(given.recipe)
+    with cluster(verbose=given.verbose):
+        from pipelines.quickstart import quickstart
+
+        quickstart(output, recipe)
+    return 0
+
+
+def _corpus(arguments: list[str]) -> int:
+    parser = Parser(prog="mmicl corpus", description=VERBS["corpus"].about)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    build = actions.add_parser("build", help="make a corpus out of published packages")
+    build.add_argument("name", choices=["open-emoji"])
+    build.add_argument("--output", required=True, help="folder of shards; one that exists is replaced")
+    build.add_argument("--all", action="store_true", help="all ten categories instead of the five of things")
+    build.add_argument(
+        "--packages", default="runs/npm", help="npm tarballs, fetched if missing (default: %(default)s)"
+    )
+    teacher = actions.add_parser("teacher", help="write a MobileNetV2 checkpoint as a model folder")
+    teacher.add_argument("--checkpoint", required=True, help="the .pth file of a torchvision MobileNetV2")
+    teacher.add_argument("--output", required=True, help="folder of the model")
+    given = parser.parse_args(arguments)
+
+    from pipelines.corpus import build_corpus, save_teacher
+
+    if given.action == "teacher":
+        save_teacher(Path(given.checkpoint), given.output)
+        return _print({"folder": given.output})
+    counts = build_corpus(Path(given.output), Path(given.packages), everything=given.all)
+    return _print({"folder": given.output} | counts)
+
+
+def _episodes(arguments: list[str]) -> int:
+    with _running("episodes", arguments) as (run, output):
+        from mmicl_core.assets import resolve
+        from mmicl_core.data.splits import Split
+        from pipelines.episodes import build_episodes, read_pairs
+        from pipelines.stages import read_manifest
+
+        corpus = resolve(run.corpus.path)
+        pairs = read_pairs(corpus, output)
+        episodes = build_episodes(pairs, Split.load(corpus), run.episodes, output)
+        return _print({"folder": str(episodes.folder)} | read_manifest(episodes.folder))
+
+
+def _train(arguments: list[str]) -> int:
+    with _running("train", arguments) as (run, output):
+        from pipelines.stages import read_manifest
+        from pipelines.train import train
+
+        stage = train(run, output)
+        return _print({"folder": str(stage.folder)} | read_manifest(stage.folder))
+
+
+def _evaluate(arguments: list[str]) -> int:
+    with _running("evaluate", arguments) as (run, output):
+        from pipelines.evaluate import evaluate
+
+        return _print(evaluate(run, output))
+
+
+def _serve(arguments: list[str]) -> int:
+    with _running("serve", arguments) as (run, _):
+        from pipelines.serve import app
+
+        try:
+            url = app.start(run)
+            print(f"mmicl: serving at {url}; Ctrl-C stops", file=sys.stderr)
+            threading.Event().wait()
+        finally:
+            app.stop()
+    return 0
+
+
+def _submit(arguments: list[str]) -> int:
+    parser = Parser(
+        prog="mmicl submit",
+        usage="mmicl submit VERB --address URL [--dry-run] [what VERB takes]",
+        description=VERBS["submit"].about,
+    )
+    parser.add_argument("verb", metavar="VERB", choices=RUN_VERBS, help=", ".join(RUN_VERBS))
+    parser.add_argument("--address", required=True, help="of the cluster's dashboard, http://HOST:8265")
+    parser.add_argument("--dry-run", action="store_true", help="print the job instead of submitting it")
+    parser.add_argument("--recipe", help="as VERB takes it; a file must lie in the checkout")
+    given, rest = parser.parse_known_args(arguments)
+
+    from cluster.submit import checkout, describe, inside, submit
+
+    root = checkout()
+    recipe: list[str] = []
+    if given.recipe is not None:
+        recipe = ["--recipe", inside(root, find_recipe(given.recipe))]
+    # A mistake shall not cost the way to the cluster and back.
+    _parse_run(given.verb, [*recipe[:1], *map(str, map(root.joinpath, recipe[1:])), *rest])
+    command = [given.verb, *recipe, *rest]
+    if given.dry_run:
+        return _print(describe(root, command, given.address))
+    return submit(root, command, given.address)
+
+
+def _doctor(arguments: list[str]) -> int:
+    parser = Parser(prog="mmicl doctor", description=VERBS["doctor"].about)
+    parser.add_argument("--backbone", help="also look into this model: a folder, or embedded:NAME")
+    given = parser.parse_args(arguments)
+
+    from pipelines.doctor import examine
+
+    return MISTAKE if examine(given.backbone) else 0
+
+
+def _config(arguments: list[str]) -> int:
+    if arguments[:1] == ["show"]:
+        return _print(_parse_run("config show", arguments[1:]).run.model_dump(mode="json"))
+    parser = Parser(prog="mmicl config", description=VERBS["config"].about)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser("schema", help="JSON schema of all settings")
+    actions.add_parser("show", help="the whole of a run: its recipe, flags and defaults", add_help=False)
+    parser.parse_args(arguments)
+    return _print(RunConfig.model_json_schema())
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A word of the command line."""
+
+    about: str
+    run: Callable[[list[str]], int]
+
+
+VERBS: Mapping[str, Verb] = {
+    "quickstart": Verb("the whole loop on real pictures, into one report", _quickstart),
+    "corpus": Verb("make a corpus, or the teacher of a vision tower", _corpus),
+    "episodes": Verb("read a corpus and draw 2-way hard-negative episodes", _episodes),
+    "train": Verb("train what the recipe's method trains", _train),
+    "evaluate": Verb("ask about held-out concepts, with and without demonstrations", _evaluate),
+    "serve": Verb("answer over an OpenAI-compatible API until Ctrl-C", _serve),
+    "submit": Verb("run a verb on a Ray cluster, from this checkout", _submit),
+    "doctor": Verb("look for what is missing on this machine", _doctor),
+    "config": Verb("print the settings of a run, or the schema of all settings", _config),
+}
+RUN_VERBS = ("episodes", "train", "evaluate", "serve")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
