@@ -85,7 +85,9 @@ def damage_end(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
 
 
-@pytest.mark.parametrize("damage", [damage_end, lambda data: data[:-10], lambda data: b"", lambda data: b"{}" * 9])
+@pytest.mark.parametrize(
+    "damage", [damage_end, lambda data: data[:-10], lambda data: b"", lambda data: b"{}" * 9]
+)
 def test_damaged_pack_is_refused_and_mended_by_storing_it_again(tmp_path, damage):
     bank = open_bank(tmp_path)
     stored = bank.put([CAT, CUP], fused_tokens(), TOKENS_FULL)

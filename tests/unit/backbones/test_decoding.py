@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -27,5 +29,5 @@ def test_tokens_stop_before_the_end_token(monkeypatch):
     embeds_LD = prompt(backbone, seed=0)[0]
     free = list(greedy_tokens(backbone, embeds_LD, NEW_TOKENS))
     end = free[-1]
-    monkeypatch.setattr(backbone.tokenizer, "eos_token_id", end)
+    monkeypatch.setattr(type(backbone), "tokenizer", SimpleNamespace(eos_token_id=end))
     assert list(greedy_tokens(backbone, embeds_LD, NEW_TOKENS)) == free[: free.index(end)]

@@ -1,0 +1,1 @@
+"""Ray Serve: an OpenAI-compatible ingress, compressor replicas and generator replicas."""

@@ -1,0 +1,66 @@
+"""What compressor and generator share: a frozen backbone that one thread works for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mmicl_core.backbones.decoding import context_length
+from mmicl_core.backbones.hugging_face import load_backbone
+from mmicl_core.data.images import decode
+from mmicl_core.errors import DataError
+from mmicl_core.prompts import ChatFormat
+
+__all__ = ["Replica"]
+
+Result = TypeVar("Result")
+
+
+class Replica:
+    """Loads the backbone when it is constructed, on a GPU where Ray gave one.
+
+    All arithmetic runs on one thread: requests take turns there, and the event loop stays free to
+    accept, answer and cancel.
+
+    Args:
+        backbone: folder of the model.
+        max_image_pixels: largest picture, decoded.
+    """
+
+    def __init__(self, backbone: Path, max_image_pixels: int) -> None:
+        on_gpu = torch.cuda.is_available()
+        self.backbone = load_backbone(
+            backbone,
+            dtype=torch.bfloat16 if on_gpu else torch.float32,
+            device="cuda" if on_gpu else "cpu",
+        )
+        self.chat = ChatFormat(self.backbone.processor)
+        self.context_length = context_length(self.backbone)
+        self._max_image_pixels = max_image_pixels
+        self._thread = ThreadPoolExecutor(max_workers=1)
+
+    async def in_thread(self, work: Callable[..., Result], *arguments: object) -> Result:
+        """Run `work` on the arithmetic thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+    def vision(self, images: Sequence[bytes]) -> Tensor:
+        """Encoded pictures -> vision-tower output (N, V, W).
+
+        Raises:
+            DataError: one is unreadable or too large; says which.
+        """
+        if not images:
+            return torch.empty(0)
+        pictures = []
+        for number, image in enumerate(images, start=1):
+            try:
+                pictures.append(decode(image, max_pixels=self._max_image_pixels))
+            except DataError as error:
+                raise DataError(f"picture {number} of {len(images)}: {error}") from error
+        return self.backbone.encode_pixels(self.backbone.pixels(pictures))

@@ -1,0 +1,39 @@
+"""What all tests share: the environment that the command line sets, and a Ray of their own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from pipelines.environment import DEFAULTS, cluster
+
+# Before any library that reads them is imported. Tests never touch a cluster that somebody works on.
+os.environ.pop("RAY_ADDRESS", None)
+os.environ.update(DEFAULTS)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let other people's warnings pass; a warning of ours is an error."""
+    # Ray Serve 2.60 declares its own settings in a way that Pydantic has deprecated.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Using extra keyword arguments on `Field`:DeprecationWarning"
+    )
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray for the tests of a module; it ends with them."""
+    with cluster():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    # The command line takes the log lines of `mmicl` over; tests that read them do not want that.
+    log = logging.getLogger("mmicl")
+    before = (log.level, log.propagate, list(log.handlers))
+    yield
+    log.level, log.propagate, log.handlers = before
