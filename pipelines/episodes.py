@@ -9,6 +9,7 @@ any number of workers writes the same ones.
 from __future__ import annotations
 
 from collections import Counter as Tally
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,15 @@ def read_pairs(corpus: Path, root: Path) -> Stage:
     def build(folder: Path) -> dict[str, Any]:
         with counting("Reading the corpus", len(shards)) as counter:
             paths = ray.data.from_items([{"path": str(shard)} for shard in shards])
-            paths.map_batches(
-                _read, batch_size=1, batch_format="pyarrow", fn_args=(counter,)
-            ).write_parquet(str(folder))
+            paths.map_batches(_read, batch_size=1, batch_format="pyarrow", fn_args=(counter,)).write_parquet(
+                str(folder)
+            )
         skipped = _skipped_by_reason(folder)
-        kept = len(read_metadata(folder))
-        return {"read": kept + sum(skipped.values()), "kept": kept, "skipped_by_reason": skipped}
+        kept = [row["picture"] for row in read_metadata(folder)]
+        twice = next((one for one, other in pairwise(kept) if one == other), None)
+        if twice is not None:
+            raise DataError(f"two shards of {corpus} hold a sample {twice!r}: rename one, keys are unique")
+        return {"read": len(kept) + sum(skipped.values()), "kept": len(kept), "skipped_by_reason": skipped}
 
     stage.run(build)
     return stage

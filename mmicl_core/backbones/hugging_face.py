@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -135,7 +136,12 @@ class HuggingFaceBackbone(nn.Module):
     def save(self, folder: Path) -> None:
         """Write model and processor as Hugging Face does, 16-bit, in files that a forge accepts."""
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.detach().half() for name, tensor in self.model.state_dict().items()}
+        # Tied weights stay one tensor, or they would be written twice.
+        halves: dict[int, Tensor] = {}
+        weights = {
+            name: halves.setdefault(tensor.data_ptr(), tensor.detach().half())
+            for name, tensor in self.model.state_dict().items()
+        }
         self.model.config.dtype = torch.float16
         self.model.save_pretrained(folder, state_dict=weights, max_shard_size=LARGEST_FILE)
         self.processor.save_pretrained(folder)
@@ -154,7 +160,7 @@ def load_backbone(
     try:
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise BackboneError(f"{folder} cannot be loaded as an image-text-to-text model: {error}") from error
     return HuggingFaceBackbone(model.to(device), processor, identity=backbone_identity(folder))
 

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmicl_core.errors import CheckpointError
+from mmicl_core.training import checkpoint
+from mmicl_core.training.checkpoint import Moments, TrainState, load_state, save_state
+
+SHAPES = {"layer.weight": (3, 4), "layer.bias": (4,), "scale": ()}
+
+
+def _state(step: int = 7, seed: int = 0) -> TrainState:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {
+        name: Moments(*(torch.randn(shape, generator=generator) for _ in range(3)))
+        for name, shape in SHAPES.items()
+    }
+    return TrainState(step, parameters)
+
+
+def _same(one: TrainState, other: TrainState) -> bool:
+    return one.step == other.step and all(
+        torch.equal(tensor, vars(other.parameters[name])[kind])
+        for name, moments in one.parameters.items()
+        for kind, tensor in vars(moments).items()
+    )
+
+
+def test_checkpoint_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    save_state(tmp_path / "checkpoint", _state())
+    assert _same(load_state(tmp_path / "checkpoint", SHAPES), _state())
+
+
+def test_checkpoint_of_tensors_that_share_memory_or_are_transposed_is_read_back(tmp_path: Path) -> None:
+    shared = torch.arange(12.0).reshape(4, 3).T
+    state = TrainState(1, {"layer.weight": Moments(shared, shared, shared)})
+    save_state(tmp_path / "checkpoint", state)
+    assert _same(load_state(tmp_path / "checkpoint", {"layer.weight": (3, 4)}), state)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (SHAPES | {"layer.weight": (4, 3)}, r"layer\.weight is \(3, 4\) there and \(4, 3\) in this run"),
+        (SHAPES | {"extra": (1,)}, r"extra is absent there and \(1,\) in this run"),
+        ({"layer.weight": (3, 4)}, r"layer\.bias is \(4,\) there and absent in this run"),
+    ],
+)
+def test_checkpoint_that_does_not_fit_names_the_first_mismatch(
+    shapes: dict[str, tuple[int, ...]], message: str, tmp_path: Path
+) -> None:
+    save_state(tmp_path / "checkpoint", _state())
+    with pytest.raises(CheckpointError, match=message):
+        load_state(tmp_path / "checkpoint", shapes)
+
+
+def test_a_crash_in_the_middle_of_saving_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_state(tmp_path / "checkpoint", _state(step=1))
+    whole = checkpoint.save_file
+
+    def crash(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        whole(tensors, path)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "save_file", crash)
+    with pytest.raises(OSError, match="no space"):
+        save_state(tmp_path / "checkpoint", _state(step=2, seed=1))
+    assert _same(load_state(tmp_path / "checkpoint", SHAPES), _state(step=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_torn_or_missing_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_state(folder, SHAPES)
+    for name, content in (("state.safetensors", None), ("state.json", b"{"), ("state.json", b"{}")):
+        save_state(folder, _state())
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:-20] if content is None else content)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            load_state(folder, SHAPES)
