@@ -11,6 +11,7 @@ from mmicl_core.backbones.nano import build_nano
 from mmicl_core.config.model import BackboneConfig, SupConConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.data.episodes import DESCRIBE_QUESTION, NAME_QUESTION
+from mmicl_core.data.names import SYLLABLES
 from mmicl_core.data.pictures import read_metadata
 from mmicl_core.data.splits import Split
 from mmicl_core.methods import METHODS
@@ -22,6 +23,7 @@ from pipelines.stages import Stage
 __all__ = ["Materials", "open_backbone", "prepare"]
 
 NEW_NANO = "new:nano"
+QUESTIONS = ("This is", "What is this?", NAME_QUESTION, DESCRIBE_QUESTION)
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,11 @@ def open_backbone(config: BackboneConfig, pairs: Stage, split: Split, root: Path
 
     def build(folder: Path) -> dict[str, int]:
         if is_new:
-            texts = [NAME_QUESTION, DESCRIBE_QUESTION]
+            texts = []
             for row in read_metadata(pairs.folder):
                 if split.trains_on(row["concept"], row["style"]):
                     texts += [row["name"], row["subcategory"].replace("-", " "), *row["keywords"]]
-            backbone = build_nano(texts)
+            backbone = build_nano(texts, [*SYLLABLES, *QUESTIONS])
         else:
             backbone = load_backbone(resolve(config.path))
         if config.vision_tower is not None:

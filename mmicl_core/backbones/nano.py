@@ -11,7 +11,8 @@ so that the grid is whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,7 +27,6 @@ from transformers import (
 )
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
-from mmicl_core.data.names import SYLLABLES
 
 __all__ = ["build_nano"]
 
@@ -35,8 +35,8 @@ PATCH_PIXELS = 14
 VOCABULARY = 2048
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<image>", "<answer>")
 LONGEST_PROMPT = 2048
-# Each half of a made-up name is seen often enough to become one token, with and without a space.
-SYLLABLE_REPEATS = 200
+# Often enough that their merges come before those of any word of a corpus.
+FREQUENT_REPEATS = 5000
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -50,9 +50,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_nano(texts: Iterable[str], seed: int = 0) -> HuggingFaceBackbone:
-    """An untrained nano whose tokenizer was trained on `texts` and on the made-up syllables."""
-    tokenizer = _train_tokenizer(texts)
+def build_nano(texts: Iterable[str], frequent: Sequence[str], seed: int = 0) -> HuggingFaceBackbone:
+    """An untrained nano.
+
+    Args:
+        texts: what the tokenizer is trained on.
+        frequent: words and parts of words that shall each become one token.
+        seed: draws the weights.
+    """
+    tokenizer = _train_tokenizer(texts, frequent)
     torch.manual_seed(seed)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -98,7 +104,7 @@ def build_nano(texts: Iterable[str], seed: int = 0) -> HuggingFaceBackbone:
     return HuggingFaceBackbone(LlavaForConditionalGeneration(config), processor, identity="new")
 
 
-def _train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def _train_tokenizer(texts: Iterable[str], frequent: Sequence[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -108,8 +114,9 @@ def _train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    syllables = [syllable for syllable in SYLLABLES for _ in range(SYLLABLE_REPEATS)]
-    tokenizer.train_from_iterator([*sorted(set(texts)), *syllables], trainer)
+    # Parts of words come before words: a merge inside a question must not split a syllable of a name.
+    repeated = (text for text in frequent for _ in range(FREQUENT_REPEATS // (8 if " " in text else 1)))
+    tokenizer.train_from_iterator(chain(sorted(set(texts)), repeated), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

@@ -97,7 +97,7 @@ def _episode(episode: ShownEpisode) -> str:
     verdict = "right" if episode.right else "wrong"
     answer = f"<span class={verdict}>{escape(episode.answer) or '(nothing)'}</span>"
     query = (
-        f"<figure class=query>{_picture(episode.query)}<figcaption>asked: {answer}<br>"
+        f"<figure class=query>{_picture(episode.query)}<figcaption>answer: {answer}<br>"
         f"expected: {escape(episode.expected)}</figcaption></figure>"
     )
     return f"<div class=row>{shown}{query}</div>"
