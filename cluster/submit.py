@@ -21,7 +21,7 @@ __all__ = ["EXCLUDES", "checkout", "describe", "inside", "submit"]
 EXCLUDES = (
     ".git",
     ".venv",
-    ".cache",
+    ".*cache",
     "runs",
     "build",
     "dist",
@@ -77,12 +77,18 @@ def submit(root: Path, command: Sequence[str], address: str) -> int:
         ConfigError: the cluster cannot be reached or refuses the job.
     """
     # Ray takes a second to import, and a dry run needs none of it.
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     job = describe(root, command, address)
     try:
         client = JobSubmissionClient(address)
         job_id = client.submit_job(entrypoint=job["entrypoint"], runtime_env=job["runtime_env"])
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"--address {address} did not take the job: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "~/.ray/auth_token to the token of the cluster"
+        ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--address {address} did not take the job: {reason}") from error

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from mmicl_core.config.run import RunConfig
 from mmicl_core.errors import MmiclError
 from pipelines.arguments import Parser, find_recipe, output_folder
-from pipelines.environment import cluster, prepare_process
+from pipelines.environment import cluster, prepare_process, quieten
 
 if TYPE_CHECKING:
     from pipelines.settings import RunArguments
@@ -102,8 +102,8 @@ def _quickstart(arguments: list[str]) -> int:
     parser.add_argument("--recipe", help="another recipe than the quickstart's own")
     parser.add_argument("--verbose", action="store_true", help="show what Ray and its workers print")
     given = parser.parse_args(arguments)
-    output = output_folder(given.output)
     recipe = None if given.recipe is None else find_recipe(given.recipe)
+    output = output_folder(given.output)
     with cluster(verbose=given.verbose):
         from pipelines.quickstart import quickstart
 
@@ -200,6 +200,7 @@ def _submit(arguments: list[str]) -> int:
     command = [given.verb, *recipe, *rest]
     if given.dry_run:
         return _print(describe(root, command, given.address))
+    quieten()
     return submit(root, command, given.address)
 
 

@@ -1,6 +1,6 @@
 """Where the programs run: environment variables, log lines, and the connection to Ray.
 
-The only module that knows the environment. Variables that it reads:
+The module that knows the environment. Variables that it reads:
 
     RAY_ADDRESS     cluster to connect to; Ray sets it inside a job. Without it a local Ray is started,
                     which ends with the program.
@@ -8,8 +8,11 @@ The only module that knows the environment. Variables that it reads:
                     set by Ray inside a job.
     PYTHONPATH      kept, with the folder of this checkout before it.
 
-Variables that it sets unless they are set, before the libraries that read them are imported: see
-`DEFAULTS`.
+Variables that it sets unless they are set, before the libraries that read them are imported:
+
+    DS_ACCELERATOR, RAY_BACKEND_LOG_LEVEL
+                    where there is no GPU, and where nobody asked for Ray's own output.
+    DEFAULTS        always, for this process and for its workers.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DEFAULTS", "cluster", "prepare_process"]
+__all__ = ["DEFAULTS", "cluster", "prepare_process", "quieten"]
 
 DEFAULTS: Mapping[str, str] = {
     # Forked after first use, tokenizers warn and go single-threaded; Ray gives the parallelism here.
@@ -40,8 +44,12 @@ DEFAULTS: Mapping[str, str] = {
 }
 
 RAY_ADDRESS = "RAY_ADDRESS"
+# Setting it makes Ray print, once, that it is set.
+CORE_LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
+STDERR = 2
 INSIDE_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 PYTHONPATH = "PYTHONPATH"
+GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
 CODE = Path(__file__).resolve().parents[1]
 # Two workers train together, and a machine with one CPU can run both by turns.
 LEAST_CPUS = 2
@@ -52,6 +60,10 @@ NOISY_LOGGERS = {
     "ray.serve": logging.WARNING,
     # Warns that a local cluster is protected by a token, at every start.
     "ray._private.authentication": logging.ERROR,
+    # Names every file that a job leaves behind.
+    "ray._private.runtime_env": logging.ERROR,
+    # Warns that its bars are off.
+    "ray.data._internal.progress": logging.ERROR,
     "httpx": logging.WARNING,
     "deepspeed": logging.WARNING,
     "DeepSpeed": logging.WARNING,
@@ -62,6 +74,9 @@ def prepare_process() -> None:
     """Set `DEFAULTS` and send the log lines of `mmicl` to stderr. Call before importing a program."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    if not any(any(Path("/dev").glob(pattern)) for pattern in GPU_DEVICES):
+        # Imported by transformers, deepspeed prints to stdout that it had to find this out.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     log = logging.getLogger("mmicl")
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -88,19 +103,25 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
         yield
         return
     try:
+        # Connecting warns of its own, and then sets the level of Ray's loggers.
+        quieten(verbose=verbose)
         _connect(verbose=verbose)
-        if not verbose:
-            # After importing and connecting, which both set levels of their own.
-            for name, level in NOISY_LOGGERS.items():
-                logging.getLogger(name).setLevel(level)
+        quieten(verbose=verbose)
         yield
     except SystemExit as stop:
-        # Ray Train takes Ctrl-C over, also for the time after training, and ends with exit code 0.
-        if stop.code == 0:
+        # Ray Train takes Ctrl-C over, also for the time after training, and exits. Its answer to
+        # SIGTERM has another code.
+        if stop.code in (0, 1):
             raise KeyboardInterrupt from stop
         raise
     finally:
         ray.shutdown()
+
+
+def quieten(*, verbose: bool = False) -> None:
+    """Let libraries say only what needs attention, unless everything is asked for."""
+    for name, level in () if verbose else NOISY_LOGGERS.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def _connect(*, verbose: bool) -> None:
@@ -117,7 +138,29 @@ def _connect(*, verbose: bool) -> None:
     # and make every worker start seconds later.
     os.environ.update(_worker_environment())
     cpus = LEAST_CPUS if (os.cpu_count() or 1) < LEAST_CPUS else None
-    ray.init(address="local", include_dashboard=False, num_cpus=cpus, **output)
+    if not verbose:
+        # Ray's core prints to the terminal what it also writes to its log files.
+        os.environ.setdefault(CORE_LOG_LEVEL, "fatal")
+    with _stderr_without(CORE_LOG_LEVEL):
+        ray.init(address="local", include_dashboard=False, num_cpus=cpus, **output)
+
+
+@contextmanager
+def _stderr_without(text: str) -> Iterator[None]:
+    """Hold stderr back, whoever writes to it, and print it at the end without the lines with `text`."""
+    sys.stderr.flush()
+    terminal = os.dup(STDERR)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), STDERR)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, STDERR)
+            os.close(terminal)
+            held.seek(0)
+            lines = held.read().decode(errors="replace").splitlines(keepends=True)
+            sys.stderr.writelines(line for line in lines if text not in line)
 
 
 def _worker_environment() -> dict[str, str]:

@@ -75,8 +75,9 @@ def parse_run(verb: str, about: str, arguments: Sequence[str]) -> RunArguments:
         hint = f"did you mean {close[0]}?" if close else f"`mmicl {verb} --help` lists them all"
         raise ConfigError(f"{unknown[0]} is not a setting; {hint}")
     try:
-        source(parsed_args=known)
+        overrides = source(parsed_args=known)()
     except SettingsError as error:
-        raise ConfigError(f"{error}; `mmicl {verb} --help` says what it takes") from error
+        reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+        raise ConfigError(f"{reason}; `mmicl {verb} --help` says what a setting takes") from error
     recipe = None if known.recipe is None else find_recipe(known.recipe)
-    return RunArguments(load_run(recipe, source()), known.output, known.verbose)
+    return RunArguments(load_run(recipe, overrides), known.output, known.verbose)

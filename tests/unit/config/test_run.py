@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mmicl_core.config.model import AimConfig, LclConfig
+from mmicl_core.config.run import RunConfig, load_run
+from mmicl_core.errors import ConfigError
+
+
+def write(tmp_path, text: str):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_recipe_states_what_differs_and_defaults_fill_the_rest(tmp_path):
+    run = load_run(write(tmp_path, "train:\n  steps: 7\n"))
+    assert run.train.steps == 7
+    assert run.train.global_batch == RunConfig().train.global_batch
+    assert run.serve == RunConfig().serve
+
+
+def test_empty_recipe_is_the_default_run(tmp_path):
+    assert load_run(write(tmp_path, "")) == load_run() == RunConfig()
+
+
+def test_override_wins_over_the_recipe_and_leaves_its_neighbours(tmp_path):
+    recipe = write(tmp_path, "train:\n  steps: 7\n  seed: 3\n")
+    run = load_run(recipe, {"train": {"steps": 9}})
+    assert (run.train.steps, run.train.seed) == (9, 3)
+
+
+def test_method_without_a_type_is_the_default_method(tmp_path):
+    run = load_run(write(tmp_path, "method:\n  layer_norm: false\n"))
+    assert run.method == AimConfig(layer_norm=False)
+
+
+def test_method_is_chosen_by_its_type(tmp_path):
+    assert load_run(write(tmp_path, "method:\n  type: lcl\n")).method == LclConfig()
+
+
+def test_setting_of_another_method_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"method\.lcl\.layer_norm is not a setting"):
+        load_run(write(tmp_path, "method:\n  type: lcl\n  layer_norm: false\n"))
+
+
+def test_missing_recipe_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist: name"):
+        load_run(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("text", ["train: [", "a: b: c", "\tx: 1"])
+def test_recipe_that_is_not_yaml_is_one_sentence(tmp_path, text):
+    with pytest.raises(ConfigError, match="is not YAML") as caught:
+        load_run(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_recipe_in_another_encoding_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"train:\n  steps: \xff\xfe\n")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_run(path)
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- train", "list"), ("train", "str"), ("3", "int")])
+def test_recipe_that_is_not_sections_says_what_it_is(tmp_path, text, kind):
+    with pytest.raises(ConfigError, match=f"holds a {kind}"):
+        load_run(write(tmp_path, text))
+
+
+def test_mistake_in_an_override_names_the_command_line(tmp_path):
+    recipe = write(tmp_path, "train:\n  steps: 7\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml with the command line: train\.steps"):
+        load_run(recipe, {"train": {"steps": "x"}})
+    with pytest.raises(ConfigError, match=r"^the command line: train\.steps"):
+        load_run(None, {"train": {"steps": "x"}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"train": {"global_batch": 33}}, r"global_batch \(33\) must be a multiple of num_workers \(2\)"),
+        ({"episodes": {"stages": [{"episodes": 1, "min_shots": 5, "max_shots": 2}]}}, r"\(5\).*\(2\): swap"),
+        ({"episodes": {"questions": []}}, "at least 1 item"),
+        ({"episodes": {"part": "test"}}, "'train', 'held_out_concepts' or 'held_out_style'"),
+        ({"train": {"learning_rate": 0}}, "greater than 0 .found 0"),
+        ({"evaluate": {"conditions": ["none"]}}, "found 'none'"),
+        ({"serve": {"port": 70000}}, "found 70000"),
+        ({"corpus": None}, "corpus"),
+    ],
+)
+def test_wrong_setting_names_its_values(settings, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load_run(None, settings)
+
+
+def test_default_counts_agree_with_the_worker_count():
+    assert RunConfig().episodes.total == 512
+
+
+def described(schema: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    for name, model in schema["$defs"].items():
+        for field, about in model["properties"].items():
+            # Sections of the run are described by their own class, tags by the class that they choose.
+            yield f"{name}.{field}", "description" in about or field == "type"
+
+
+def test_schema_describes_every_setting():
+    missing = [field for field, known in described(RunConfig.model_json_schema()) if not known]
+    assert not missing
