@@ -88,9 +88,16 @@ def test_episode_names_every_picture_by_its_concept_and_asks_for_the_right_name(
 def test_episode_leaves_no_hint_in_the_order_of_its_demonstrations() -> None:
     episodes = _draw(_pool(), _config(), 1000)
     for place in (0, -2):
+        anchor = sum(
+            _concept(episode["turns"][place]["picture"]) == episode["concepts"][0] for episode in episodes
+        )
         right = sum(episode["turns"][place]["answer"] == episode["answer"] for episode in episodes)
         # A fair coin leaves 0.5 +- 0.05 in one of 600 runs of 1,000 throws; the seed is fixed.
+        assert 0.45 < anchor / len(episodes) < 0.55
         assert 0.45 < right / len(episodes) < 0.55
+    orders = {tuple(turn["answer"] == episode["answer"] for turn in episode["turns"]) for episode in episodes}
+    # Three of each class can stand in 20 orders.
+    assert len(orders) == 20
 
 
 def test_episode_is_a_function_of_seed_and_number() -> None:
