@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmicl_core.assets import resolve
-from mmicl_core.backbones.hugging_face import backbone_identity, load_backbone
-from mmicl_core.backbones.nano import build_nano
+from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, backbone_identity, load_backbone
+from mmicl_core.backbones.nano import build_nano, whiten_patches
 from mmicl_core.config.model import BackboneConfig, SupConConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.data.episodes import DESCRIBE_QUESTION, NAME_QUESTION
 from mmicl_core.data.names import SYLLABLES
-from mmicl_core.data.pictures import read_metadata
+from mmicl_core.data.pictures import PictureStore, read_metadata
 from mmicl_core.data.splits import Split
 from mmicl_core.methods import METHODS
 from mmicl_core.methods.supcon import load_vision_tower
@@ -23,6 +23,7 @@ from pipelines.stages import Stage
 __all__ = ["Materials", "open_backbone", "prepare"]
 
 NEW_NANO = "new:nano"
+WHITENED_PICTURES = 1500
 QUESTIONS = ("This is", "What is this?", NAME_QUESTION, DESCRIBE_QUESTION)
 
 
@@ -81,14 +82,7 @@ def open_backbone(config: BackboneConfig, pairs: Stage, split: Split, root: Path
     stage = Stage(root, "backbone", config=config, pairs=pairs.fingerprint)
 
     def build(folder: Path) -> dict[str, int]:
-        if is_new:
-            texts = []
-            for row in read_metadata(pairs.folder):
-                if split.trains_on(row["concept"], row["style"]):
-                    texts += [row["name"], row["subcategory"].replace("-", " "), *row["keywords"]]
-            backbone = build_nano(texts, [*SYLLABLES, *QUESTIONS])
-        else:
-            backbone = load_backbone(resolve(config.path))
+        backbone = _new_nano(pairs, split) if is_new else load_backbone(resolve(config.path))
         if config.vision_tower is not None:
             load_vision_tower(resolve(config.vision_tower), backbone)
         backbone.save(folder)
@@ -96,3 +90,15 @@ def open_backbone(config: BackboneConfig, pairs: Stage, split: Split, root: Path
 
     stage.run(build)
     return stage.folder
+
+
+def _new_nano(pairs: Stage, split: Split) -> HuggingFaceBackbone:
+    rows = [row for row in read_metadata(pairs.folder) if split.trains_on(row["concept"], row["style"])]
+    texts = []
+    for row in rows:
+        texts += [row["name"], row["subcategory"].replace("-", " "), *row["keywords"]]
+    backbone = build_nano(texts, [*SYLLABLES, *QUESTIONS])
+    store = PictureStore(pairs.folder)
+    chosen = rows[:: max(1, len(rows) // WHITENED_PICTURES)]
+    whiten_patches(backbone, [store.picture(row["picture"]) for row in chosen])
+    return backbone

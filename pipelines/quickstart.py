@@ -115,7 +115,11 @@ def _serve_and_ask(
 ) -> tuple[dict[str, Any], ShownEpisode]:
     """Start the server, register the demonstrations, ask with the pack and with the full turns."""
     serve = run.serve.model_copy(
-        update={"aggregator": SHIPPED_AGGREGATOR, "bank": str((root / "bank").absolute()), "port": _free_port()}
+        update={
+            "aggregator": SHIPPED_AGGREGATOR,
+            "bank": str((root / "bank").absolute()),
+            "port": _free_port(),
+        }
     )
     *shown, query = episode["turns"]
     demonstrations = [

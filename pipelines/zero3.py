@@ -25,13 +25,21 @@ KEEP_WHOLE_BELOW_ELEMENTS = 1024
 ADAM_BETAS = (0.9, 0.98)
 ADAM_EPSILON = 1e-8
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
+MUON_STATE = ("momentum_buffer",)
+MUON_MOMENTUM = 0.95
 
 
 def deepspeed_config(train: TrainConfig, world_size: int, *, bf16: bool) -> dict[str, Any]:
     """DeepSpeed's own settings. Batch sizes are derived from the run's, never configured twice."""
     share = train.global_batch // world_size
     micro = min(train.micro_batch, share)
+    adam = {"lr": train.learning_rate, "betas": ADAM_BETAS, "eps": ADAM_EPSILON, "torch_adam": True}
+    muon = {"momentum": MUON_MOMENTUM, "muon_lr": train.muon_learning_rate, "adam_lr": train.learning_rate}
+    with_muon = train.muon_learning_rate is not None
     return {
+        "optimizer": {"type": "Muon", "params": adam | muon}
+        if with_muon
+        else {"type": "AdamW", "params": adam},
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": -(-share // micro),
         "gradient_clipping": train.gradient_clip,
@@ -41,8 +49,9 @@ def deepspeed_config(train: TrainConfig, world_size: int, *, bf16: bool) -> dict
             "stage3_param_persistence_threshold": KEEP_WHOLE_BELOW_ELEMENTS,
             "stage3_gather_16bit_weights_on_model_save": False,
             "overlap_comm": bf16,
+            # Muon turns whole gradients, so every worker needs all of them.
+            "reduce_scatter": not with_muon,
         },
-        "zero_allow_untested_optimizer": True,
     }
 
 
@@ -59,6 +68,8 @@ class ZeroEngine:
         gpu = torch.cuda.is_available()
         if not gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
+            # Deepspeed compiles Muon's few products; on CPU that needs a C++ compiler and gains nothing.
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo")
         self.world_size = torch.distributed.get_world_size()
@@ -69,11 +80,10 @@ class ZeroEngine:
             with torch.no_grad():
                 for name, moments in state.parameters.items():
                     self._parameters[name].copy_(moments.value)
+        self._muon_rate = (train.muon_learning_rate or 0.0) / train.learning_rate
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=method,
-            optimizer=torch.optim.AdamW(
-                _groups(self._parameters, train.weight_decay), betas=ADAM_BETAS, eps=ADAM_EPSILON
-            ),
+            model_parameters=_groups(self._parameters, train.weight_decay),
             config=deepspeed_config(train, self.world_size, bf16=gpu),
             dist_init_required=False,
         )
@@ -95,7 +105,7 @@ class ZeroEngine:
     def step(self, learning_rate: float) -> float:
         """Update the parameters; gives the gradient's norm before clipping."""
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * (self._muon_rate if group.get("use_muon") else 1.0)
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
@@ -117,9 +127,11 @@ class ZeroEngine:
 
         parameters = {}
         for name, parameter in self._parameters.items():
-            moments = (safe_get_full_optimizer_state(parameter, kind) for kind in ADAM_STATE)
-            tensors = (safe_get_full_fp32_param(parameter), *moments)
-            parameters[name] = Moments(*(tensor.detach().cpu().clone() for tensor in tensors))
+            states = {
+                kind: safe_get_full_optimizer_state(parameter, kind).detach().cpu().clone()
+                for kind in self._kinds(with_muon=getattr(parameter, "use_muon", False))
+            }
+            parameters[name] = Moments(safe_get_full_fp32_param(parameter).detach().cpu().clone(), states)
         return TrainState(step, parameters)
 
     def _restore(self, state: TrainState) -> None:
@@ -130,15 +142,22 @@ class ZeroEngine:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         inner = self._optimizer.optimizer
-        for flat in self._optimizer.fp32_partitioned_groups_flat:
-            # Adam makes its state at the first step; without it there is nothing to write to.
-            zeros = {kind: torch.zeros_like(flat) for kind in ADAM_STATE}
-            inner.state[flat].update(step=torch.tensor(float(state.step)), **zeros)
+        for number, flat in enumerate(self._optimizer.fp32_partitioned_groups_flat):
+            # Optimisers make their state at the first step; without it there is nothing to write to.
+            with_muon = self._optimizer.use_muon and self._optimizer.sub_groups_using_muon[number]
+            inner.state[flat].update(
+                {kind: torch.zeros_like(flat) for kind in self._kinds(with_muon=with_muon)}
+            )
+            if not with_muon:
+                inner.state[flat]["step"] = torch.tensor(float(state.step))
         for name, moments in state.parameters.items():
             parameter = self._parameters[name]
             safe_set_local_fp32_param(parameter, self._shard(parameter, moments.value))
-            for kind, full in zip(ADAM_STATE, (moments.first, moments.second), strict=True):
+            for kind, full in moments.states.items():
                 safe_set_local_optimizer_state(parameter, self._shard(parameter, full), kind)
+
+    def _kinds(self, *, with_muon: bool) -> tuple[str, ...]:
+        return MUON_STATE if with_muon and self._muon_rate else ADAM_STATE
 
     def _shard(self, parameter: Any, full: Tensor) -> Tensor:
         from deepspeed.utils import safe_get_local_fp32_param

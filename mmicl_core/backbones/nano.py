@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessor,
@@ -28,7 +29,7 @@ from transformers import (
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 
-__all__ = ["build_nano"]
+__all__ = ["build_nano", "whiten_patches"]
 
 IMAGE_PIXELS = 70
 PATCH_PIXELS = 14
@@ -37,6 +38,10 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<image>", "<answer>")
 LONGEST_PROMPT = 2048
 # Often enough that their merges come before those of any word of a corpus.
 FREQUENT_REPEATS = 5000
+PATCH_SCALE = 0.05
+WHITENING_FLOOR = 0.05
+POSITION_SCALE = 0.3
+SLOWEST_TURN = 20.0
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -101,7 +106,41 @@ def build_nano(texts: Iterable[str], frequent: Sequence[str], seed: int = 0) -> 
         chat_template=CHAT_TEMPLATE,
         num_additional_image_tokens=1,
     )
-    return HuggingFaceBackbone(LlavaForConditionalGeneration(config), processor, identity="new")
+    backbone = HuggingFaceBackbone(LlavaForConditionalGeneration(config), processor, identity="new")
+    _set_positions(backbone)
+    return backbone
+
+
+@torch.no_grad()
+def whiten_patches(backbone: HuggingFaceBackbone, pictures: Sequence[Image.Image]) -> None:
+    """Start the patch embedding as the pictures' principal components, equally spread and mixed.
+
+    Pixels of a patch are nearly the same everywhere; an embedding that spreads what differs between
+    patches spares the tower the first passes (whitening as in Page, "How to train your ResNet 8", 2018).
+    """
+    layer = backbone.vision_tower.embeddings.patch_embedding
+    pixels = backbone.pixels(pictures)
+    patches = pixels.unfold(2, PATCH_PIXELS, PATCH_PIXELS).unfold(3, PATCH_PIXELS, PATCH_PIXELS)
+    rows = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, layer.weight[0].numel())
+    _, spread, directions = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    spread = spread / len(rows) ** 0.5
+    width = len(layer.weight)
+    whitened = directions[:width] / (spread[:width, None] + WHITENING_FLOOR * spread[0])
+    mixing, _ = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)))
+    layer.weight.copy_((PATCH_SCALE * mixing @ whitened).reshape(layer.weight.shape))
+
+
+@torch.no_grad()
+def _set_positions(backbone: HuggingFaceBackbone) -> None:
+    """Start the position embeddings as sines of row and column, so that neighbours begin alike."""
+    table = backbone.vision_tower.embeddings.position_embedding.weight
+    side, quarter = IMAGE_PIXELS // PATCH_PIXELS, table.shape[1] // 4
+    angles = torch.arange(side)[:, None] / SLOWEST_TURN ** (torch.arange(quarter) / quarter)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows = waves[:, None].expand(side, side, -1)
+    columns = waves[None].expand(side, side, -1)
+    # The class token, which nobody reads, keeps position 0.
+    table[1:] = POSITION_SCALE * torch.cat([rows, columns], dim=2).reshape(side * side, -1)
 
 
 def _train_tokenizer(texts: Iterable[str], frequent: Sequence[str]) -> PreTrainedTokenizerFast:

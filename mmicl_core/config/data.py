@@ -35,9 +35,7 @@ class ShotStage(Config):
     @model_validator(mode="after")
     def _range_is_not_empty(self) -> Self:
         if self.min_shots > self.max_shots:
-            raise ValueError(
-                f"min_shots ({self.min_shots}) is above max_shots ({self.max_shots}): swap them"
-            )
+            raise ValueError(f"min_shots ({self.min_shots}) is above max_shots ({self.max_shots}): swap them")
         return self
 
 

@@ -119,7 +119,9 @@ def _accuracy_bars(bars: Sequence[tuple[str, float, Mapping[str, float]]]) -> st
         f"<line x1={half} x2={half} y1=0 y2={bottom} stroke='#8a95a5' stroke-dasharray='4 4'/>"
         f"<text class=soft x={half} y={bottom + 15} text-anchor=middle>one of the two names, at random</text>"
     )
-    return f"<svg width=100% viewBox='0 0 {LABEL_PIXELS + BAR_PIXELS + 70} {bottom + 22}'>{''.join(rows)}</svg>"
+    return (
+        f"<svg width=100% viewBox='0 0 {LABEL_PIXELS + BAR_PIXELS + 70} {bottom + 22}'>{''.join(rows)}</svg>"
+    )
 
 
 def _token_bars(prompt: Mapping[str, float]) -> str:
@@ -138,11 +140,11 @@ def _token_bars(prompt: Mapping[str, float]) -> str:
 
 def _facts(report: Mapping[str, Any]) -> str:
     corpus, episodes, train, serve = (report[key] for key in ("corpus", "episodes", "train", "serve"))
-    partition = train["partition"]
+    partition, skipped = train["partition"], sum(episodes["skipped_by_reason"].values())
     facts = {
         "corpus": f"{corpus['images']} pictures of {corpus['concepts']} concepts, "
         f"{corpus['held_out_concepts']} of them held out",
-        "training episodes": f"{episodes['built']} built, {sum(episodes['skipped_by_reason'].values())} skipped",
+        "training episodes": f"{episodes['built']} built, {skipped} skipped",
         "training": f"{train['steps']} steps on {train['world_size']} workers, ZeRO stage "
         f"{train['zero_stage']}; loss {train['loss_first']:.3f} to {train['loss_last']:.3f}",
         "partition": f"{partition['parameter']}: {partition['shard_elements']} of "

@@ -84,9 +84,7 @@ class Method(nn.Module, ABC):
 
 def episode_turns(row: Mapping[str, Any]) -> list[Turn]:
     """The turns of an EPISODE row."""
-    return [
-        Turn(turn["picture"], turn["question"], turn["answer"], turn["scored"]) for turn in row["turns"]
-    ]
+    return [Turn(turn["picture"], turn["question"], turn["answer"], turn["scored"]) for turn in row["turns"]]
 
 
 def stack(features: Lookup, keys: Sequence[str]) -> Tensor:

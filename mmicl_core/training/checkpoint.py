@@ -1,7 +1,8 @@
-"""Checkpoints of what is trained: full 32-bit parameters and Adam moments, whatever the world size.
+"""Checkpoints of what is trained: full 32-bit parameters and optimiser states, whatever the world size.
 
-A checkpoint is `state.safetensors` (for each parameter: the value and both moments) and `state.json`
-(step, names and shapes). Nothing frozen is in it, so it is small and fits any number of workers.
+A checkpoint is `state.safetensors` (for each parameter: the value and the optimiser's moments) and
+`state.json` (step, names and shapes). Nothing frozen is in it, so it is small and fits any number of
+workers.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ __all__ = ["Moments", "TrainState", "load_state", "save_state"]
 
 TENSORS_FILE = "state.safetensors"
 ABOUT_FILE = "state.json"
+VALUE = "value"
 
 
 @dataclass(frozen=True)
 class Moments:
-    """One parameter with its Adam moments, all of full size and 32 bits."""
+    """One parameter with its optimiser states by name, all of full size and 32 bits."""
 
     value: Tensor
-    first: Tensor
-    second: Tensor
+    states: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def save_state(folder: Path, state: TrainState) -> None:
     """Write a checkpoint, whole or not at all."""
     tensors = {}
     for name, moments in state.parameters.items():
-        for kind, tensor in vars(moments).items():
+        for kind, tensor in {VALUE: moments.value, **moments.states}.items():
             tensors[f"{kind}/{name}"] = tensor.detach().cpu().float().contiguous()
     shapes = {name: list(moments.value.shape) for name, moments in state.parameters.items()}
     with atomic_directory(folder) as target:
@@ -72,8 +73,9 @@ def load_state(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> TrainStat
                 f"checkpoint {folder} does not fit: {name} is {found.get(name, 'absent')} there and "
                 f"{shapes.get(name, 'absent')} in this run; start with another output folder"
             )
-    parameters = {
-        name: Moments(*(tensors[f"{kind}/{name}"] for kind in ("value", "first", "second")))
-        for name in shapes
-    }
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        by_name.setdefault(name, {})[kind] = tensor
+    parameters = {name: Moments(kinds.pop(VALUE), kinds) for name, kinds in by_name.items()}
     return TrainState(step, parameters)

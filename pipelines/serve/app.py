@@ -20,7 +20,6 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
-from ray.serve.schema import DeploymentStatus
 
 from mmicl_core.assets import resolve
 from mmicl_core.config.run import RunConfig
@@ -44,6 +43,7 @@ HEALTH_SECONDS = 60.0
 HEALTH_POLL_SECONDS = 0.1
 EVERY_ADDRESS = ("0.0.0.0", "::")
 OWN_ERRORS = "mmicl_core.errors."
+FAILED = "DEPLOY_FAILED"
 
 
 def build(run: RunConfig) -> Application:
@@ -114,7 +114,7 @@ def _why_it_failed() -> str:
     return "; ".join(
         f"{name}: {deployment.message.strip().splitlines()[-1].removeprefix(OWN_ERRORS)}"
         for name, deployment in deployments.items()
-        if deployment.status == DeploymentStatus.DEPLOY_FAILED
+        if deployment.status == FAILED
     )
 
 

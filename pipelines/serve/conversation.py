@@ -94,26 +94,20 @@ def _picture(url: str, limits: ServeConfig, param: str) -> bytes:
 
 
 def _bytes(text: str, limits: ServeConfig, param: str) -> bytes:
-    # Three bytes are four letters: what is too large is refused before it is decoded.
-    if len(text) // 4 * 3 > limits.max_image_bytes + 2:
-        raise _too_large(len(text) // 4 * 3, limits, param)
+    # Four letters are three bytes: what is too large is refused before it is decoded.
+    size = len(text) // 4 * 3 - text[-2:].count("=")
+    if size > limits.max_image_bytes:
+        raise RequestError(
+            f"{param} holds a picture of {size} bytes, {limits.max_image_bytes} are allowed "
+            "(serve.max_image_bytes): send a smaller one",
+            param,
+        )
     try:
-        data = base64.b64decode(text, validate=True)
+        return base64.b64decode(text, validate=True)
     except binascii.Error as error:
         raise RequestError(
             f"{param} is not base64 ({error}): encode the picture's file again", param
         ) from error
-    if len(data) > limits.max_image_bytes:
-        raise _too_large(len(data), limits, param)
-    return data
-
-
-def _too_large(size: int, limits: ServeConfig, param: str) -> RequestError:
-    return RequestError(
-        f"{param} holds a picture of {size} bytes, {limits.max_image_bytes} are allowed "
-        "(serve.max_image_bytes): send a smaller one",
-        param,
-    )
 
 
 def _at_most_one(urls: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:

@@ -28,7 +28,9 @@ REPETITIONS = 15
 TEXT_TOKENS = 6
 
 
-def read_time(backbone: HuggingFaceBackbone, packed: Packed, pictures: int, fused: int) -> Callable[[], float]:
+def read_time(
+    backbone: HuggingFaceBackbone, packed: Packed, pictures: int, fused: int
+) -> Callable[[], float]:
     vision_NVW = torch.randn(pictures, backbone.visual_tokens, backbone.vision_width)
     fused_TD = [torch.randn(TEXT_TOKENS, backbone.width) for _ in range(fused)]
 
