@@ -42,7 +42,9 @@ def deepspeed_config(train: TrainConfig, world_size: int, *, bf16: bool) -> dict
         else {"type": "AdamW", "params": adam},
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": -(-share // micro),
-        "gradient_clipping": train.gradient_clip,
+        # Muon's updates are of one size by construction, and clipping comes after it: the norm of many
+        # matrices together would shrink them all.
+        "gradient_clipping": 0.0 if with_muon else train.gradient_clip,
         "bf16": {"enabled": bf16},
         "zero_optimization": {
             "stage": ZERO_STAGE,

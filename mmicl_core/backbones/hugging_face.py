@@ -19,6 +19,7 @@ from mmicl_core.errors import BackboneError
 __all__ = ["HuggingFaceBackbone", "backbone_identity", "load_backbone"]
 
 LARGEST_FILE = "7MB"
+READ_BY_THE_MODEL = (".json", ".jinja", ".model", ".safetensors", ".txt")
 
 
 class HuggingFaceBackbone(nn.Module):
@@ -166,9 +167,13 @@ def load_backbone(
 
 
 def backbone_identity(folder: Path) -> str:
-    """Digest of a model folder's configuration and weights, so that a cache never mixes two models."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    """Digest of weights, configuration, tokenizer, chat template and picture preparation.
+
+    Whatever changes what the model reads changes the name, so that a cache never mixes two models.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in READ_BY_THE_MODEL):
+        digest.update(path.name.encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -37,7 +37,7 @@ class TrainConfig(Config):
     """AdamW weight decay of matrices; vectors have none."""
 
     gradient_clip: float = Field(default=1.0, gt=0)
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient; without effect where Muon trains."""
 
     num_workers: int = Field(default=2, ge=1)
     """Processes that train together, with parameters partitioned over them (ZeRO-3); one GPU each
