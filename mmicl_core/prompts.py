@@ -17,7 +17,7 @@ from mmicl_core.errors import BackboneError, DataError
 __all__ = ["IMAGE", "ChatFormat", "Piece", "Prompt", "Turn"]
 
 IMAGE_PLACEHOLDER = "<image>"
-IMAGE = "image"
+IMAGE: Literal["image"] = "image"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ any number of workers writes the same ones.
 from __future__ import annotations
 
 from collections import Counter as Tally
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,8 @@ def read_pairs(corpus: Path, root: Path) -> Stage:
     def build(folder: Path) -> dict[str, Any]:
         with counting("Reading the corpus", len(shards)) as counter:
             paths = ray.data.from_items([{"path": str(shard)} for shard in shards])
-            paths.map_batches(_read, batch_size=1, batch_format="pyarrow", fn_args=(counter,)).write_parquet(
-                str(folder)
-            )
+            read = partial(_read, counter=counter)
+            paths.map_batches(read, batch_size=1, batch_format="pyarrow").write_parquet(str(folder))
         skipped = _skipped_by_reason(folder)
         kept = [row["picture"] for row in read_metadata(folder)]
         twice = next((one for one, other in pairwise(kept) if one == other), None)
@@ -83,13 +83,10 @@ def build_episodes(pairs: Stage, split: Split, config: EpisodeConfig, root: Path
         metadata = read_metadata(pairs.folder)
         pool = build_pool(metadata, split, config.part, config.neighbours)
         with counting(f"Drawing {config.part.replace('_', ' ')} episodes", config.total) as counter:
-            drawn = ray.data.range(config.total).map_batches(
-                _draw,
-                batch_size=EPISODES_PER_TASK,
-                batch_format="pyarrow",
-                fn_args=(ray.put(pool), config, counter),
-            )
-            drawn.write_parquet(str(folder))
+            draw = partial(_draw, pool=ray.put(pool), config=config, counter=counter)
+            ray.data.range(config.total).map_batches(
+                draw, batch_size=EPISODES_PER_TASK, batch_format="pyarrow"
+            ).write_parquet(str(folder))
         skipped = _skipped_by_reason(folder)
         built = config.total - sum(skipped.values())
         if not built:
@@ -104,7 +101,8 @@ def read_episodes(folder: Path) -> list[dict[str, Any]]:
     """The EPISODE rows of a finished stage, in the order of their numbers."""
     table = pq.read_table(folder)
     table = table.filter(pa.compute.is_null(table.column("skipped"))).drop_columns(["skipped"])
-    return table.sort_by("episode").to_pylist()
+    rows: list[dict[str, Any]] = table.sort_by("episode").to_pylist()
+    return rows
 
 
 def _read(batch: pa.Table, counter: Any) -> pa.Table:

@@ -29,7 +29,7 @@ from mmicl_core.data.pictures import PictureStore, read_metadata
 from mmicl_core.data.splits import Split
 from mmicl_core.data.store import ArrayStore
 from mmicl_core.methods import build_method
-from mmicl_core.methods.base import Batch, Method
+from mmicl_core.methods.base import Batch, Lookup, Method
 from mmicl_core.training.checkpoint import TrainState, load_state, save_state
 from mmicl_core.training.order import RowOrder, share_of_worker
 from mmicl_core.training.step import StepMetrics, learning_rate, train_step
@@ -144,8 +144,8 @@ class _Feed:
 
     def __init__(self, run: RunConfig, method: Method, materials: Materials) -> None:
         self._method, self._run = method, run
-        self._features: Mapping[str, Any] = ArrayStore(materials.features) if materials.features else {}
-        self._states: Mapping[str, Any] = ArrayStore(materials.states) if materials.states else {}
+        self._features: Lookup = ArrayStore(materials.features) if materials.features else {}
+        self._states: Lookup = ArrayStore(materials.states) if materials.states else {}
         self._pictures = PictureStore(materials.pairs) if method.reads == "pictures" else None
         self._rows = self._read_rows(materials)
         self._order = RowOrder(

@@ -119,7 +119,9 @@ class ZeroEngine:
 
     def largest_partition(self) -> dict[str, Any]:
         """How the largest trained parameter lies on the workers: elements here, and of the whole."""
-        name, parameter = max(self._parameters.items(), key=lambda item: item[1].ds_numel)
+        # Deepspeed hangs its own attributes on parameters.
+        parameters: Mapping[str, Any] = self._parameters
+        name, parameter = max(parameters.items(), key=lambda item: item[1].ds_numel)
         sizes = {"shard_elements": parameter.ds_tensor.ds_numel, "full_elements": parameter.ds_numel}
         return {"partition": {"parameter": name} | {key: int(size) for key, size in sizes.items()}}
 

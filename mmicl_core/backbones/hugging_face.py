@@ -31,6 +31,13 @@ class HuggingFaceBackbone(nn.Module):
         identity: names the weights.
     """
 
+    # Modules of a foreign library: what they take and give is not known to a type checker.
+    model: Any
+    vision_tower: Any
+    projector: Any
+    language_model: Any
+    head: Any
+
     def __init__(self, model: Any, processor: Any, identity: str) -> None:
         super().__init__()
         family = family_of(model.config.model_type)
@@ -159,7 +166,7 @@ def load_backbone(
     if not (folder / "config.json").is_file():
         raise BackboneError(f"{folder} is not a model folder: it has no config.json")
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise BackboneError(f"{folder} cannot be loaded as an image-text-to-text model: {error}") from error

@@ -88,7 +88,7 @@ def build_nano(texts: Iterable[str], frequent: Sequence[str], seed: int = 0) -> 
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=SPECIAL_TOKENS.index("<image>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,

@@ -65,7 +65,10 @@ def pack(
     rows = []
     for number, prompt in enumerate(prompts):
         lengths = iter(fused_tokens[number] if fused_tokens else ())
-        ids, image, fused, labels = [], [], [], []
+        ids: list[int] = []
+        image: list[bool] = []
+        fused: list[bool] = []
+        labels: list[int] = []
         for piece in prompt:
             text = piece.kind == "text"
             count = len(piece.ids) if text else visual_tokens if piece.kind == "image" else next(lengths)

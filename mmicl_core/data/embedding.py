@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from mmicl_core.errors import BackboneError, CheckpointError
 
 __all__ = ["ImageTeacher", "save_mobilenet"]
 
-MOBILENET = {
+MOBILENET: dict[str, Any] = {
     "tf_padding": False,
     "layer_norm_eps": 1e-5,
     "hidden_act": "relu6",

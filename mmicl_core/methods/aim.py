@@ -61,8 +61,9 @@ class Aggregator(nn.Module):
         self.projection = nn.Linear(width, width)
         nn.init.eye_(self.projection.weight)
         nn.init.zeros_(self.projection.bias)
-        self.norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
+        self.norm: nn.Module = nn.Identity()
         if layer_norm:
+            self.norm = nn.LayerNorm(width)
             nn.init.constant_(self.norm.weight, embedding_spread)
 
     def forward(self, states: Tensor) -> Tensor:

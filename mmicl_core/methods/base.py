@@ -33,8 +33,12 @@ class Batch(Protocol):
         ...
 
 
-Lookup = Mapping[str, Any]
-"""Frozen features by key; an `ArrayStore` is one."""
+class Lookup(Protocol):
+    """Frozen features by key: an `ArrayStore`, or a dict."""
+
+    def __getitem__(self, key: str) -> Any:
+        """The array of a key."""
+        ...
 
 
 class Method(nn.Module, ABC):
@@ -87,9 +91,9 @@ def episode_turns(row: Mapping[str, Any]) -> list[Turn]:
     return [Turn(turn["picture"], turn["question"], turn["answer"], turn["scored"]) for turn in row["turns"]]
 
 
-def stack(features: Lookup, keys: Sequence[str]) -> Tensor:
+def stack(features: Lookup, keys: Sequence[str | None]) -> Tensor:
     """Look N pictures up: (N, V, W)."""
-    return torch.from_numpy(np.stack([features[key] for key in keys]))
+    return torch.from_numpy(np.stack([features[str(key)] for key in keys]))
 
 
 def prompt_embeddings(
