@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,15 +103,21 @@ def test_backbone_is_frozen_and_its_tower_gives_no_gradient(backbone: HuggingFac
     assert not backbone.training
 
 
-def test_identity_changes_with_one_weight_and_with_nothing_else(tmp_path: Path) -> None:
+def test_identity_changes_with_whatever_the_model_reads_and_with_nothing_else(tmp_path: Path) -> None:
     backbone = tiny_backbone()
     for name in ("one", "same"):
         backbone.save(tmp_path / name)
+    (tmp_path / "same" / "README.md").write_text("a model card", encoding="utf-8")
+    shutil.copytree(tmp_path / "one", tmp_path / "template")
+    with (tmp_path / "template" / "chat_template.jinja").open("a", encoding="utf-8") as template:
+        template.write(" ")
     with torch.no_grad():
         backbone.projector.linear_1.bias[0] += 1
     backbone.save(tmp_path / "other")
-    one, same, other = (load_backbone(tmp_path / name).identity for name in ("one", "same", "other"))
-    assert one == same == backbone_identity(tmp_path / "one") != other
+    names = ("one", "same", "other", "template")
+    one, same, other, template = (backbone_identity(tmp_path / name) for name in names)
+    assert one == same == load_backbone(tmp_path / "one").identity
+    assert len({one, other, template}) == 3
 
 
 def test_saved_weights_are_16_bit_and_in_files_that_a_forge_accepts(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, load_backbone
-from mmicl_core.backbones.nano import build_nano
+from mmicl_core.backbones.nano import PATCH_PIXELS, build_nano, whiten_patches
 from mmicl_core.data.collate import pack
 from mmicl_core.data.names import SYLLABLES
 from mmicl_core.methods.base import prompt_embeddings
@@ -84,6 +84,33 @@ def test_nano_is_the_same_for_the_same_texts_in_any_order(nano: HuggingFaceBackb
     assert again.tokenizer.get_vocab() == nano.tokenizer.get_vocab()
     weights = again.model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in nano.model.state_dict().items())
+
+
+def test_whitened_patches_differ_alike_in_every_direction() -> None:
+    backbone = build_nano(TEXTS, [*SYLLABLES])
+    pictures = [draw_picture(number) for number in range(40)]
+    before = _spread_of_patches(backbone, pictures)
+    whiten_patches(backbone, pictures)
+    after = _spread_of_patches(backbone, pictures)
+    # Blocks of one colour differ in a few dozen directions; those are compared.
+    assert before[0] / before[19] > 5
+    assert after[0] / after[19] < 2
+
+
+def _spread_of_patches(backbone: HuggingFaceBackbone, pictures: list[Image.Image]) -> torch.Tensor:
+    """Spread of the patch embeddings along their principal directions, largest first."""
+    with torch.no_grad():
+        seen = backbone.vision_tower.embeddings.patch_embedding(backbone.pixels(pictures))
+    rows = seen.permute(0, 2, 3, 1).reshape(-1, seen.shape[1])
+    return torch.linalg.svdvals(rows - rows.mean(0))
+
+
+def test_positions_begin_more_alike_the_nearer_they_lie(nano: HuggingFaceBackbone) -> None:
+    places = nano.vision_tower.embeddings.position_embedding.weight[1:].detach()
+    side = nano.model.config.vision_config.image_size // PATCH_PIXELS
+    corner = (places - places[0]).norm(dim=1).reshape(side, side)
+    for line in (corner[0], corner[:, 0], corner.diagonal()):
+        assert all(near < far for near, far in pairwise(line))
 
 
 def test_saved_nano_gives_the_same_scores_with_nothing_of_ours_imported(
