@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import psutil
 import pytest
@@ -48,6 +49,15 @@ class Command:
             text=True,
         )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+        # Waits for the end and closes the pipes.
+        self.process.__exit__(None, None, None)
+
     def end(self) -> tuple[int, str, str]:
         out, err = self.process.communicate(timeout=LIMIT_SECONDS)
         return self.process.returncode, out, err
@@ -79,39 +89,27 @@ class Command:
 
 
 def test_episodes_verb_prints_its_manifest_and_leaves_no_process(corpus, tmp_path):
-    command = Command("episodes", "--corpus.path", corpus, "--output", str(tmp_path), *SMALL)
-    code, out, err = command.end()
-    assert code == 0, err
-    manifest = json.loads(out)
-    assert manifest["built"] == 6
-    assert Path(manifest["folder"]).parent == tmp_path
-    assert "Drawing train episodes: 6 to do" in err
-    assert all(
-        line.startswith(("Reading the corpus: ", "Drawing train episodes: ")) for line in err.splitlines()
-    )
-    command.wait_until_nothing_is_left()
+    with Command("episodes", "--corpus.path", corpus, "--output", str(tmp_path), *SMALL) as command:
+        code, out, err = command.end()
+        assert code == 0, err
+        manifest = json.loads(out)
+        assert manifest["built"] == 6
+        assert Path(manifest["folder"]).parent == tmp_path
+        assert "Drawing train episodes: 6 to do" in err
+        assert all(
+            line.startswith(("Reading the corpus: ", "Drawing train episodes: ")) for line in err.splitlines()
+        )
+        command.wait_until_nothing_is_left()
 
 
 def test_interrupted_training_ends_with_130_and_leaves_no_process(corpus, tmp_path):
-    command = Command(
-        "train",
-        "--corpus.path",
-        corpus,
-        "--output",
-        str(tmp_path),
-        *SMALL,
-        "--backbone.path",
-        "new:nano",
-        "--train.steps",
-        "100000",
-        "--train.global_batch",
-        "2",
-    )
-    command.wait_for_line("Training: 100000 to do")
-    assert command.descendants()
-    command.process.send_signal(signal.SIGINT)
-    code, out, err = command.end()
-    assert (code, out) == (130, "")
-    assert "Traceback" not in err
-    assert err.splitlines()[-1] == "mmicl: stopped"
-    command.wait_until_nothing_is_left()
+    endless = ["--backbone.path", "new:nano", "--train.steps", "100000", "--train.global_batch", "2"]
+    with Command("train", "--corpus.path", corpus, "--output", str(tmp_path), *SMALL, *endless) as command:
+        command.wait_for_line("Training: 100000 to do")
+        assert command.descendants()
+        command.process.send_signal(signal.SIGINT)
+        code, out, err = command.end()
+        assert (code, out) == (130, ""), err
+        assert "Traceback" not in err
+        assert err.splitlines()[-1] == "mmicl: stopped"
+        command.wait_until_nothing_is_left()

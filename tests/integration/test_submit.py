@@ -32,18 +32,18 @@ def address() -> Iterator[str]:
         port = probe.getsockname()[1]
     # A job starts `python`, which on a cluster is the image's and here is this one.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    head = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", HEAD, str(port)],
         env=os.environ | {"PATH": path},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-    )
-    assert head.stdout is not None
-    assert head.stdout.readline() == "up\n"
-    yield f"http://127.0.0.1:{port}"
-    head.communicate("", timeout=LIMIT_SECONDS)
+    ) as head:
+        assert head.stdout is not None
+        assert head.stdout.readline() == "up\n"
+        # Leaving the block closes its stdin, which is what it waits for, and waits for its end.
+        yield f"http://127.0.0.1:{port}"
 
 
 def submit(address: str, *arguments: str, auth: str = "token") -> subprocess.CompletedProcess[str]:
