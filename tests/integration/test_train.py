@@ -156,7 +156,7 @@ def test_run_stopped_and_resumed_on_one_worker_ends_like_an_uninterrupted_one(
 
 
 def test_features_hold_both_versions_of_every_query_and_the_states_of_every_demonstration(
-    folder: Path, uninterrupted: Path
+    folder: Path,
 ) -> None:
     materials = prepare(_run(folder, AimConfig(), STEPS, workers=2), folder / "run")
     assert materials.features and materials.states and materials.episodes
