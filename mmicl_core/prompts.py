@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from mmicl_core.errors import BackboneError, DataError
 
-__all__ = ["IMAGE", "ChatFormat", "Piece", "Prompt", "Turn"]
+__all__ = ["IMAGE", "ChatFormat", "Piece", "Prompt", "Turn", "count_tokens"]
 
 IMAGE_PLACEHOLDER = "<image>"
 IMAGE: Literal["image"] = "image"
@@ -45,6 +45,12 @@ class Piece:
 
 
 Prompt = list[Piece]
+
+
+def count_tokens(prompt: Prompt, visual_tokens: int) -> tuple[int, int]:
+    """Positions of a prompt with all its pictures, and of its text alone, which is what fusing leaves."""
+    text = sum(len(piece.ids) for piece in prompt)
+    return text + visual_tokens * sum(piece.kind == IMAGE for piece in prompt), text
 
 
 class ChatFormat:

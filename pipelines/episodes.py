@@ -21,6 +21,7 @@ import ray
 
 from mmicl_core.config.data import EpisodeConfig
 from mmicl_core.data.episodes import Pool, build_pool, draw_episode
+from mmicl_core.data.files import file_digest
 from mmicl_core.data.pictures import read_metadata
 from mmicl_core.data.schema import EPISODE, PAIR
 from mmicl_core.data.sources import find_shards, read_shard
@@ -38,8 +39,10 @@ SKIPPED = pa.field("skipped", pa.string())
 def read_pairs(corpus: Path, root: Path) -> Stage:
     """Read a corpus once. The manifest counts `read`, `kept` and `skipped_by_reason`."""
     shards = find_shards(corpus)
-    sizes = {shard.name: shard.stat().st_size for shard in shards}
-    stage = Stage(root, "pairs", shards=sizes)
+    # By content: a checkout that travels to a cluster keeps neither places nor times.
+    digests = {shard.name: file_digest(shard) for shard in shards}
+    split = Split.load(corpus)
+    stage = Stage(root, "pairs", shards=digests, split=split.plain())
 
     def build(folder: Path) -> dict[str, Any]:
         with counting("Reading the corpus", len(shards)) as counter:
@@ -47,7 +50,9 @@ def read_pairs(corpus: Path, root: Path) -> Stage:
             read = partial(_read, counter=counter)
             paths.map_batches(read, batch_size=1, batch_format="pyarrow").write_parquet(str(folder))
         skipped = _skipped_by_reason(folder)
-        kept = [row["picture"] for row in read_metadata(folder)]
+        rows = read_metadata(folder)
+        split.check({row["concept"] for row in rows}, {row["style"] for row in rows})
+        kept = [row["picture"] for row in rows]
         twice = next((one for one, other in pairwise(kept) if one == other), None)
         if twice is not None:
             raise DataError(f"two shards of {corpus} hold a sample {twice!r}: rename one, keys are unique")
@@ -70,12 +75,10 @@ def corpus_counts(pairs: Stage, split: Split) -> dict[str, int]:
 
 def build_episodes(pairs: Stage, split: Split, config: EpisodeConfig, root: Path) -> Stage:
     """Draw episodes. The manifest counts `built` and `skipped_by_reason`."""
-    held_out = sorted(split.held_out_concepts)
     stage = Stage(
         root,
         "episodes",
         pairs=pairs.fingerprint,
-        held_out=[held_out, split.held_out_style],
         config=config,
     )
 

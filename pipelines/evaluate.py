@@ -12,7 +12,7 @@ import ray
 import torch
 
 from mmicl_core.assets import resolve
-from mmicl_core.backbones.hugging_face import backbone_identity, load_backbone
+from mmicl_core.backbones.hugging_face import backbone_identity, load_for_inference
 from mmicl_core.config.data import EpisodeConfig, ShotStage
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import EvaluateConfig
@@ -133,7 +133,7 @@ class _Answerer:
         counter: Any,
     ) -> None:
         torch.set_num_threads(1)
-        self._backbone = load_backbone(backbone, device="cuda" if torch.cuda.is_available() else "cpu")
+        self._backbone = load_for_inference(backbone)
         loaded = Aggregator.load(aggregator, self._backbone) if aggregator else None
         self._task = NamingTask(self._backbone, loaded, config.max_new_tokens)
         self._pictures, self._episodes = PictureStore(pairs), read_episodes(episodes)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from mmicl_core.backbones.hugging_face import backbone_identity, load_backbone
+from mmicl_core.backbones.hugging_face import backbone_identity, load_for_inference
 from mmicl_core.config.base import fingerprint
 from mmicl_core.data.augment import augment, variant_key
 from mmicl_core.data.embedding import ImageTeacher
@@ -62,7 +62,7 @@ def encode_pictures(
 
 def teach_pictures(pairs: Stage, teacher: Path, side: int, pictures: Sequence[str], root: Path) -> Stage:
     """A teacher's features of pictures."""
-    about = [teacher.name, side, fingerprint(pictures)]
+    about = [backbone_identity(teacher), side, fingerprint(pictures)]
     stage = Stage(root, "teacher", pairs=pairs.fingerprint, about=about)
     rows = [{"picture": picture} for picture in pictures]
     return _encode(
@@ -124,7 +124,7 @@ def _encode(
 class _PictureEncoder:
     def __init__(self, backbone: Path, pairs: Path, variants: int, counter: Any) -> None:
         torch.set_num_threads(1)
-        self._backbone = load_backbone(backbone, device=_device())
+        self._backbone = load_for_inference(backbone)
         self._pictures, self._variants, self._counter = PictureStore(pairs), variants, counter
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -167,7 +167,7 @@ class _Teacher:
 class _DemonstrationReader:
     def __init__(self, backbone: Path, pairs: Path, counter: Any) -> None:
         torch.set_num_threads(1)
-        self._backbone = load_backbone(backbone, device=_device())
+        self._backbone = load_for_inference(backbone)
         self._chat = ChatFormat(self._backbone.processor)
         self._pictures, self._counter = PictureStore(pairs), counter
 
@@ -181,7 +181,3 @@ class _DemonstrationReader:
         ]
         ray.get(self._counter.add.remote(len(turns)))
         return store_columns([demonstration_key(turn) for turn in turns], states)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

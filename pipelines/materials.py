@@ -15,7 +15,7 @@ from mmicl_core.data.names import SYLLABLES
 from mmicl_core.data.pictures import PictureStore, read_metadata
 from mmicl_core.data.splits import Split
 from mmicl_core.methods import METHODS
-from mmicl_core.methods.supcon import load_vision_tower
+from mmicl_core.methods.supcon import load_vision_tower, tower_identity
 from pipelines.episodes import build_episodes, read_episodes, read_pairs
 from pipelines.features import encode_demonstrations, encode_pictures, teach_pictures
 from pipelines.stages import Stage
@@ -79,7 +79,13 @@ def open_backbone(config: BackboneConfig, pairs: Stage, split: Split, root: Path
     is_new = config.path == NEW_NANO
     if not is_new and config.vision_tower is None:
         return resolve(config.path)
-    stage = Stage(root, "backbone", config=config, pairs=pairs.fingerprint)
+    stage = Stage(
+        root,
+        "backbone",
+        # A new model is made out of the pairs; another one is what lies in its folder.
+        model=[NEW_NANO, pairs.fingerprint] if is_new else backbone_identity(resolve(config.path)),
+        tower=tower_identity(resolve(config.vision_tower)) if config.vision_tower else None,
+    )
 
     def build(folder: Path) -> dict[str, int]:
         backbone = _new_nano(pairs, split) if is_new else load_backbone(resolve(config.path))

@@ -20,7 +20,9 @@ import torch
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import load_backbone
+from mmicl_core.config.model import AimConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import TrainConfig
 from mmicl_core.data.augment import vary_turns
@@ -29,6 +31,7 @@ from mmicl_core.data.pictures import PictureStore, read_metadata
 from mmicl_core.data.splits import Split
 from mmicl_core.data.store import ArrayStore
 from mmicl_core.methods import build_method
+from mmicl_core.methods.aim import aggregator_identity
 from mmicl_core.methods.base import Batch, Lookup, Method
 from mmicl_core.training.checkpoint import TrainState, load_state, save_state
 from mmicl_core.training.order import RowOrder, share_of_worker
@@ -54,9 +57,18 @@ def train(run: RunConfig, root: Path) -> Stage:
 
     The manifest holds `steps`, `world_size`, `zero_stage`, `partition`, `loss_first`, `loss_last`.
     """
-    materials = prepare(run, root)
+    materials, start = prepare(run, root), None
+    if isinstance(run.method, AimConfig) and run.method.start is not None:
+        # The workers have other working directories.
+        folder = resolve(run.method.start)
+        start = aggregator_identity(folder)
+        run = run.model_copy(update={"method": run.method.model_copy(update={"start": str(folder)})})
     stage = Stage(
-        root, f"train-{run.method.type}", train=run.train, method=run.method, materials=materials.names()
+        root,
+        f"train-{run.method.type}",
+        train=run.train,
+        method=run.method.model_copy(update={"start": start}) if start else run.method,
+        materials=materials.names(),
     )
     # Checkpoints outlive a failed run, so they cannot lie in the folder that appears when it ends.
     work = root.absolute() / f"{stage.folder.name}.work"

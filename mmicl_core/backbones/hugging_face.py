@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmicl_core.backbones.families import family_of, part
+from mmicl_core.data.files import folder_digest
 from mmicl_core.errors import BackboneError
 
-__all__ = ["HuggingFaceBackbone", "backbone_identity", "load_backbone"]
+__all__ = ["HuggingFaceBackbone", "backbone_identity", "load_backbone", "load_for_inference"]
 
 LARGEST_FILE = "7MB"
 READ_BY_THE_MODEL = (".json", ".jinja", ".model", ".safetensors", ".txt")
@@ -163,24 +163,30 @@ def load_backbone(
     Raises:
         BackboneError: the folder is no such model, or its family is unknown.
     """
-    if not (folder / "config.json").is_file():
-        raise BackboneError(f"{folder} is not a model folder: it has no config.json")
+    identity = backbone_identity(folder)
     try:
         model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise BackboneError(f"{folder} cannot be loaded as an image-text-to-text model: {error}") from error
-    return HuggingFaceBackbone(model.to(device), processor, identity=backbone_identity(folder))
+    return HuggingFaceBackbone(model.to(device), processor, identity=identity)
+
+
+def load_for_inference(folder: Path) -> HuggingFaceBackbone:
+    """The model on a GPU in bf16 where there is one, else on the CPU in 32 bits. Raises as above."""
+    if torch.cuda.is_available():
+        return load_backbone(folder, dtype=torch.bfloat16, device="cuda")
+    return load_backbone(folder)
 
 
 def backbone_identity(folder: Path) -> str:
     """Digest of weights, configuration, tokenizer, chat template and picture preparation.
 
     Whatever changes what the model reads changes the name, so that a cache never mixes two models.
+
+    Raises:
+        BackboneError: the folder is no model.
     """
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in READ_BY_THE_MODEL):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    if not (folder / "config.json").is_file():
+        raise BackboneError(f"{folder} is not a model folder: it has no config.json")
+    return folder_digest(folder, READ_BY_THE_MODEL)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from mmicl_core.config.base import Config, explain
 from mmicl_core.config.data import CorpusConfig, EpisodeConfig
@@ -28,6 +28,17 @@ class RunConfig(Config):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
+
+    @model_validator(mode="after")
+    def _pairs_stay_together(self) -> Self:
+        share = self.train.global_batch // self.train.num_workers
+        if self.method.type == "supcon" and (share % 2 or min(share, self.train.micro_batch) % 2):
+            raise ValueError(
+                f"method supcon learns from pairs, but train.global_batch ({self.train.global_batch}) gives "
+                f"each of train.num_workers ({self.train.num_workers}) {share} pictures, in pieces of "
+                f"train.micro_batch ({self.train.micro_batch}): both must be even"
+            )
+        return self
 
 
 def load_run(recipe: Path | None = None, overrides: dict[str, Any] | None = None) -> RunConfig:

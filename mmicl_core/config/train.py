@@ -103,3 +103,12 @@ class EvaluateConfig(Config):
 
     seed: int = 1
     """Seeds the episodes."""
+
+    @model_validator(mode="after")
+    def _fused_has_an_aggregator(self) -> Self:
+        if "fused" in self.conditions and self.aggregator is None:
+            raise ValueError(
+                f"conditions {list(self.conditions)} ask for fused demonstrations, but aggregator is "
+                "None: name the folder of one, or leave fused out"
+            )
+        return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_directory", "write_atomic"]
+__all__ = ["atomic_directory", "file_digest", "folder_digest", "write_atomic"]
 
 
 @contextmanager
@@ -39,6 +40,20 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def folder_digest(folder: Path, suffixes: tuple[str, ...]) -> str:
+    """Sixteen hex digits that name the files of a folder that end in `suffixes`, by name and content."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in suffixes):
+        digest.update(f"{path.name} {file_digest(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

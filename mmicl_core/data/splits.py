@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmicl_core.errors import DataError
 
@@ -40,6 +42,24 @@ class Split:
         if not isinstance(concepts, list) or not all(isinstance(name, str) for name in [*concepts, style]):
             raise DataError(f"{path} is not a split: it takes a list of concepts and the name of a style")
         return cls(frozenset(concepts), style)
+
+    def plain(self) -> list[Any]:
+        """For fingerprints."""
+        return [sorted(self.held_out_concepts), self.held_out_style]
+
+    def check(self, concepts: Set[str], styles: Set[str]) -> None:
+        """Hold the split against a corpus.
+
+        Raises:
+            DataError: it holds out what the corpus does not have, so something else may be trained on.
+        """
+        unknown = sorted(self.held_out_concepts - concepts)
+        if unknown or self.held_out_style not in styles:
+            what = f"concept {unknown[0]!r}" if unknown else f"style {self.held_out_style!r}"
+            raise DataError(
+                f"split.json holds out the {what}, which no picture of the corpus has: correct its name, "
+                "or what it was meant to hold out is trained on"
+            )
 
     def trains_on(self, concept: str, style: str) -> bool:
         """Whether a picture may be seen in training."""

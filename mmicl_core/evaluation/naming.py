@@ -22,7 +22,7 @@ from mmicl_core.data.collate import pack
 from mmicl_core.methods.aim import Aggregator, fused_prompt, read_demonstrations
 from mmicl_core.methods.base import episode_turns, prompt_embeddings
 from mmicl_core.methods.lcl import full_prompt
-from mmicl_core.prompts import ChatFormat, Turn
+from mmicl_core.prompts import ChatFormat, Turn, count_tokens
 
 __all__ = ["Condition", "NamingTask"]
 
@@ -65,10 +65,7 @@ class NamingTask:
 
     def demonstration_tokens(self, turn: Turn) -> tuple[int, int]:
         """What one demonstration costs in full and fused."""
-        pieces = self._chat.turn(turn)
-        text = sum(len(piece.ids) for piece in pieces)
-        pictures = sum(piece.kind == "image" for piece in pieces)
-        return text + pictures * self._backbone.visual_tokens, text
+        return count_tokens(self._chat.turn(turn), self._backbone.visual_tokens)
 
     def _answer_fused(
         self, conversations: Sequence[tuple[list[Turn], Turn]], vision: Mapping[str, Tensor]

@@ -20,7 +20,6 @@ cacheable, and why `read` must not depend on the batch that a demonstration sits
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.config.model import AimConfig
 from mmicl_core.data.collate import Packed, pack
+from mmicl_core.data.files import folder_digest
 from mmicl_core.errors import CheckpointError
 from mmicl_core.methods.base import Lookup, Method, answer_nll, episode_turns, prompt_embeddings, stack
 from mmicl_core.prompts import ChatFormat, Piece, Prompt, Turn
@@ -106,15 +106,14 @@ class Aggregator(nn.Module):
 
 
 def aggregator_identity(folder: Path) -> str:
-    """Digest of an aggregator's weights.
+    """Digest of an aggregator's weights and of what they fit.
 
     Raises:
         CheckpointError: no aggregator is there.
     """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no aggregator: it has no {WEIGHTS_FILE}")
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    if not (folder / ABOUT_FILE).is_file():
+        raise CheckpointError(f"{folder} holds no aggregator: it has no {ABOUT_FILE}")
+    return folder_digest(folder, (".json", ".safetensors"))
 
 
 @dataclass(frozen=True)

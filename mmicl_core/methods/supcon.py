@@ -27,11 +27,12 @@ from torch.nn import functional as F
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.config.model import SupConConfig
 from mmicl_core.data.augment import augment
+from mmicl_core.data.files import file_digest
 from mmicl_core.data.images import decode
 from mmicl_core.errors import CheckpointError
 from mmicl_core.methods.base import Lookup, Method, stack
 
-__all__ = ["SupCon", "SupConBatch", "load_vision_tower"]
+__all__ = ["SupCon", "SupConBatch", "load_vision_tower", "tower_identity"]
 
 TOWER_FILE = "vision_tower.safetensors"
 
@@ -134,16 +135,30 @@ class SupCon(Method):
         save_file({name: w.detach().float().contiguous() for name, w in weights.items()}, folder / TOWER_FILE)
 
 
+def tower_identity(folder: Path) -> str:
+    """Digest of a trained tower.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    return file_digest(_tower_file(folder))
+
+
 def load_vision_tower(folder: Path, backbone: HuggingFaceBackbone) -> None:
     """Put a trained tower into a backbone.
 
     Raises:
         CheckpointError: there is none, or it does not fit.
     """
-    path = folder / TOWER_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no vision tower: it has no {TOWER_FILE}")
+    path = _tower_file(folder)
     try:
         backbone.vision_tower.load_state_dict(load_file(path))
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"the vision tower in {folder} does not fit the model: {error}") from error
+
+
+def _tower_file(folder: Path) -> Path:
+    path = folder / TOWER_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no vision tower: it has no {TOWER_FILE}")
+    return path

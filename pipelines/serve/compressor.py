@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 
 from mmicl_core.bank import Bank, Demonstration, Fused, Pack, PackEntry
 from mmicl_core.errors import BankError, DataError
-from mmicl_core.methods.aim import Aggregator, read_demonstrations
-from mmicl_core.prompts import Turn
+from mmicl_core.methods.aim import Aggregator, aggregator_identity, read_demonstrations
+from mmicl_core.prompts import Turn, count_tokens
 from pipelines.serve.replica import Replica
 
 __all__ = ["Compressor"]
@@ -40,7 +39,7 @@ class Compressor(Replica):
     def __init__(self, backbone: Path, aggregator: Path, bank: Path, max_image_pixels: int) -> None:
         super().__init__(backbone, max_image_pixels)
         self._aggregator = Aggregator.load(aggregator, self.backbone)
-        self._bank = Bank(bank, backbone=self.backbone.identity, aggregator=_fingerprint(aggregator))
+        self._bank = Bank(bank, backbone=self.backbone.identity, aggregator=aggregator_identity(aggregator))
 
     async def register(self, demonstrations: Sequence[Demonstration]) -> PackEntry:
         """Fuse and store; what the bank holds already is not read again.
@@ -81,10 +80,8 @@ class Compressor(Replica):
         return self._bank.put(demonstrations, fused, tokens_full)
 
     def _full_tokens(self, turn: Turn) -> int:
-        visual = self.backbone.visual_tokens
-        pieces = self.chat.turn(turn)
-        tokens = sum(visual if piece.kind == "image" else len(piece.ids) for piece in pieces)
-        prefix = sum(len(piece.ids) for piece in self.chat.prefix())
+        tokens, _ = count_tokens(self.chat.turn(turn), self.backbone.visual_tokens)
+        prefix, _ = count_tokens(self.chat.prefix(), self.backbone.visual_tokens)
         if prefix + tokens > self.context_length:
             raise DataError(
                 f"a demonstration takes {prefix + tokens} tokens, the model reads {self.context_length}: "
@@ -102,10 +99,3 @@ class Compressor(Replica):
 
 def _turn(demonstration: Demonstration) -> Turn:
     return Turn("", demonstration.question, demonstration.answer)
-
-
-def _fingerprint(aggregator: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(aggregator.glob("aggregator.*")):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]

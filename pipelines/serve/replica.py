@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmicl_core.backbones.decoding import context_length
-from mmicl_core.backbones.hugging_face import load_backbone
+from mmicl_core.backbones.hugging_face import load_for_inference
 from mmicl_core.data.images import decode
 from mmicl_core.errors import DataError
 from mmicl_core.prompts import ChatFormat
@@ -34,12 +34,7 @@ class Replica:
     """
 
     def __init__(self, backbone: Path, max_image_pixels: int) -> None:
-        on_gpu = torch.cuda.is_available()
-        self.backbone = load_backbone(
-            backbone,
-            dtype=torch.bfloat16 if on_gpu else torch.float32,
-            device="cuda" if on_gpu else "cpu",
-        )
+        self.backbone = load_for_inference(backbone)
         self.chat = ChatFormat(self.backbone.processor)
         self.context_length = context_length(self.backbone)
         self._max_image_pixels = max_image_pixels

@@ -28,8 +28,8 @@ MAY_IMPORT = {
     "mmicl_core.data.collate": {"mmicl_core.data", "mmicl_core.prompts", "mmicl_core.errors"},
     # Bytes and keys, no model.
     "mmicl_core.bank": {"mmicl_core.config", "mmicl_core.errors", "mmicl_core.data.files"},
-    # nano's tokenizer is trained on the syllables that names are made of.
-    "mmicl_core.backbones": {"mmicl_core.errors", "mmicl_core.config", "mmicl_core.data.names"},
+    # The name of a model is the digest of its files.
+    "mmicl_core.backbones": {"mmicl_core.errors", "mmicl_core.config", "mmicl_core.data.files"},
     "mmicl_core.methods": MODEL | {"mmicl_core.backbones"},
     "mmicl_core.training": MODEL | {"mmicl_core.backbones", "mmicl_core.methods"},
     "mmicl_core.evaluation": MODEL | {"mmicl_core.backbones", "mmicl_core.methods"},

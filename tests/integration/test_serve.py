@@ -206,3 +206,4 @@ def test_server_whose_aggregator_fits_another_model_does_not_start_and_leaves_no
 def test_stopping_what_does_not_run_is_no_error(ray_cluster):
     app.stop()
     app.stop()
+    assert not serve.status().applications

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from mmicl_core.config.model import AimConfig, LclConfig
 from mmicl_core.config.run import RunConfig, load_run
@@ -112,3 +113,16 @@ def described(schema: dict[str, Any]) -> Iterator[tuple[str, bool]]:
 def test_schema_describes_every_setting():
     missing = [field for field, known in described(RunConfig.model_json_schema()) if not known]
     assert not missing
+
+
+@pytest.mark.parametrize("train", [{"global_batch": 6, "num_workers": 2}, {"micro_batch": 3}])
+def test_pairs_that_a_batch_would_split_are_refused(train):
+    with pytest.raises(ValidationError, match="both must be even"):
+        RunConfig.model_validate({"method": {"type": "supcon"}, "train": train})
+    RunConfig.model_validate({"method": {"type": "aim"}, "train": train})
+
+
+def test_fused_condition_without_an_aggregator_is_refused():
+    with pytest.raises(ValidationError, match="aggregator is None"):
+        RunConfig.model_validate({"evaluate": {"aggregator": None}})
+    RunConfig.model_validate({"evaluate": {"aggregator": None, "conditions": ["full"]}})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmicl_core.data.files import atomic_directory, write_atomic
+from mmicl_core.data.files import atomic_directory, folder_digest, write_atomic
 
 KILLED_WHILE_WRITING = """
 import os, signal, sys
@@ -102,3 +102,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         write_atomic(path, b"new and longer")
     assert path.read_text() == "old"
     assert [found.name for found in tmp_path.iterdir()] == ["file"]
+
+
+def test_folder_digest_follows_names_and_content_of_what_counts(tmp_path: Path) -> None:
+    for name in ("one", "same", "content", "name", "log"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("b.json" if name == "name" else "a.json")).write_text(
+            "2" if name == "content" else "1"
+        )
+    (tmp_path / "log" / "a.txt").write_text("does not count")
+    one, same, content, name, log = (
+        folder_digest(tmp_path / folder, (".json",)) for folder in ("one", "same", "content", "name", "log")
+    )
+    assert one == same == log
+    assert len({one, content, name}) == 3
