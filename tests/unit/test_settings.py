@@ -49,7 +49,8 @@ def test_nested_list_is_written_as_json():
 
 
 def test_none_is_written_none():
-    assert parse("--evaluate.aggregator", "none").run.evaluate.aggregator is None
+    conditions = ("--evaluate.conditions", "full")
+    assert parse("--evaluate.aggregator", "none", *conditions).run.evaluate.aggregator is None
 
 
 def test_truth_is_written_as_a_value():
