@@ -108,12 +108,6 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
         _connect(verbose=verbose)
         quieten(verbose=verbose)
         yield
-    except SystemExit as stop:
-        # Ray Train takes Ctrl-C over, also for the time after training, and exits. Its answer to
-        # SIGTERM has another code.
-        if stop.code in (0, 1):
-            raise KeyboardInterrupt from stop
-        raise
     finally:
         ray.shutdown()
 

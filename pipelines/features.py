@@ -7,7 +7,6 @@ demonstrations --frozen backbone, each read alone--> (T, D) of each demonstratio
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 
 from mmicl_core.backbones.hugging_face import backbone_identity, load_for_inference
 from mmicl_core.config.base import fingerprint
-from mmicl_core.data.augment import augment, variant_key
+from mmicl_core.data.augment import augment_versions, variant_key
 from mmicl_core.data.embedding import ImageTeacher
 from mmicl_core.data.pictures import PictureStore
 from mmicl_core.data.store import store_columns
@@ -132,20 +131,12 @@ class _PictureEncoder:
         pixels = self._backbone.pixels([self._pictures.picture(key) for key in keys])
         tables = []
         for variant in range(self._variants):
-            seen = _augmented(pixels, keys, variant) if variant else pixels
+            names = [variant_key(key, variant) for key in keys]
+            seen = augment_versions(pixels, names) if variant else pixels
             vision_NVW = self._backbone.encode_pixels(seen).float().cpu().numpy()
-            tables.append(store_columns([variant_key(key, variant) for key in keys], list(vision_NVW)))
+            tables.append(store_columns(names, list(vision_NVW)))
         ray.get(self._counter.add.remote(len(keys)))
         return pa.concat_tables(tables)
-
-
-def _augmented(pixels: torch.Tensor, keys: Sequence[str], variant: int) -> torch.Tensor:
-    """Each picture changed by a chance of its own: how Ray cuts batches must not change what is seen."""
-    changed = []
-    for number, key in enumerate(keys):
-        seed = zlib.crc32(variant_key(key, variant).encode())
-        changed.append(augment(pixels[number : number + 1], torch.Generator().manual_seed(seed)))
-    return torch.cat(changed)
 
 
 class _Teacher:

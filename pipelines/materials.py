@@ -8,7 +8,7 @@ from pathlib import Path
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, backbone_identity, load_backbone
 from mmicl_core.backbones.nano import build_nano, whiten_patches
-from mmicl_core.config.model import BackboneConfig, SupConConfig
+from mmicl_core.config.model import BackboneConfig, LclConfig, SupConConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.data.episodes import DESCRIBE_QUESTION, NAME_QUESTION
 from mmicl_core.data.names import SYLLABLES
@@ -67,6 +67,8 @@ def prepare(run: RunConfig, root: Path) -> Materials:
     states = None
     if METHODS[run.method.type].needs_states:
         states = encode_demonstrations(pairs, backbone, rows, episodes.fingerprint, root).folder
+    if isinstance(run.method, LclConfig) and run.method.train_vision_tower:
+        return Materials(backbone, pairs.folder, corpus, episodes.folder)
     # A demonstration whose states are known is never looked at again; its query is.
     seen = [turn["picture"] for row in rows for turn in (row["turns"][-1:] if states else row["turns"])]
     variants = run.train.picture_variants

@@ -86,6 +86,6 @@ def _show_lines(title: str, total: int, counter: Any, done: threading.Event) -> 
             continue
         last = time.monotonic()
         count, note = ray.get(counter.read.remote())
-        left = (last - start) * (total - count) / count if count else float("nan")
-        log.info(f"{title}: {count} of {total}, {left:.0f} s left {note}".rstrip())
+        left = f"{(last - start) * (total - count) / count:.0f}" if count else "unknown"
+        log.info(f"{title}: {count} of {total}, {left} s left {note}".rstrip())
     log.info(f"{title}: {time.monotonic() - start:.0f} s")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import load_backbone
-from mmicl_core.config.model import AimConfig
+from mmicl_core.config.model import AimConfig, SupConConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import TrainConfig
 from mmicl_core.data.augment import vary_turns
 from mmicl_core.data.files import write_atomic
-from mmicl_core.data.pictures import PictureStore, read_metadata
+from mmicl_core.data.pictures import PictureStore, PixelStore, read_metadata
 from mmicl_core.data.splits import Split
 from mmicl_core.data.store import ArrayStore
 from mmicl_core.methods import build_method
@@ -57,17 +58,20 @@ def train(run: RunConfig, root: Path) -> Stage:
 
     The manifest holds `steps`, `world_size`, `zero_stage`, `partition`, `loss_first`, `loss_last`.
     """
-    materials, start = prepare(run, root), None
-    if isinstance(run.method, AimConfig) and run.method.start is not None:
+    materials, named = prepare(run, root), run.method
+    if isinstance(named, SupConConfig):
+        # Which teacher it was, the name of the materials says.
+        named = named.model_copy(update={"teacher": None})
+    if isinstance(named, AimConfig) and named.start is not None:
+        folder = resolve(named.start)
         # The workers have other working directories.
-        folder = resolve(run.method.start)
-        start = aggregator_identity(folder)
-        run = run.model_copy(update={"method": run.method.model_copy(update={"start": str(folder)})})
+        run = run.model_copy(update={"method": named.model_copy(update={"start": str(folder)})})
+        named = named.model_copy(update={"start": aggregator_identity(folder)})
     stage = Stage(
         root,
         f"train-{run.method.type}",
         train=run.train,
-        method=run.method.model_copy(update={"start": start}) if start else run.method,
+        method=named,
         materials=materials.names(),
     )
     # Checkpoints outlive a failed run, so they cannot lie in the folder that appears when it ends.
@@ -100,7 +104,7 @@ def train(run: RunConfig, root: Path) -> Stage:
 def _fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> None:
     gpus = ray.cluster_resources().get("GPU", 0) >= config.num_workers
     resources = {"CPU": config.threads_per_worker} | ({"GPU": 1} if gpus else {})
-    TorchTrainer(
+    trainer = TorchTrainer(
         _train_worker,
         train_loop_config=settings,
         scaling_config=ScalingConfig(
@@ -110,7 +114,22 @@ def _fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> None:
         run_config=ray.train.RunConfig(
             name="ray", storage_path=str(work), failure_config=FailureConfig(max_failures=MAX_FAILURES)
         ),
-    ).fit()
+    )
+    failures: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as failure:  # noqa: BLE001 raised again by the thread that waits
+            failures.append(failure)
+
+    # Ray Train takes Ctrl-C over in the main thread, also for the time after training, and then waits
+    # for what it stops; left to Python, Ctrl-C ends this program and with it everything that it started.
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
 
 
 def _shapes(method: Method) -> dict[str, tuple[int, ...]]:
@@ -135,7 +154,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(run.train.threads_per_worker)
     torch.manual_seed(run.train.seed)
-    method = build_method(load_backbone(materials.backbone), run.method).to(get_device())
+    backbone = load_backbone(materials.backbone, attention=run.train.attention)
+    method = build_method(backbone, run.method).to(get_device())
     state = load_state(work / CHECKPOINT, _shapes(method)) if (work / CHECKPOINT).is_dir() else None
     first = state.step if state else 0
     engine = ZeroEngine(method, run.train, state)
@@ -156,9 +176,14 @@ class _Feed:
 
     def __init__(self, run: RunConfig, method: Method, materials: Materials) -> None:
         self._method, self._run = method, run
-        self._features: Lookup = ArrayStore(materials.features) if materials.features else {}
-        self._states: Lookup = ArrayStore(materials.states) if materials.states else {}
         self._pictures = PictureStore(materials.pairs) if method.reads == "pictures" else None
+        self._states: Lookup = ArrayStore(materials.states) if materials.states else {}
+        self._features: Lookup = {}
+        if materials.features is not None:
+            self._features = ArrayStore(materials.features)
+        elif method.reads == "episodes":
+            # Features that training itself changes are computed in the step, from pixels.
+            self._features = PixelStore(PictureStore(materials.pairs), method.backbone.pixels)
         self._rows = self._read_rows(materials)
         self._order = RowOrder(
             lambda epoch: method.epoch_order(self._rows, epoch, run.train.seed), run.train.global_batch

@@ -156,16 +156,18 @@ class HuggingFaceBackbone(nn.Module):
 
 
 def load_backbone(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", attention: str = "sdpa"
 ) -> HuggingFaceBackbone:
-    """Load a model folder that `save_pretrained` wrote.
+    """Load a model folder that `save_pretrained` wrote; `attention` names code of transformers.
 
     Raises:
         BackboneError: the folder is no such model, or its family is unknown.
     """
     identity = backbone_identity(folder)
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention
+        )
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise BackboneError(f"{folder} cannot be loaded as an image-text-to-text model: {error}") from error

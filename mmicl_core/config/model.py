@@ -39,6 +39,10 @@ class LclConfig(Config):
 
     type: Literal["lcl"] = "lcl"
 
+    train_vision_tower: bool = False
+    """Train the vision tower as well. Its output then changes with every step and is kept nowhere: a step
+    costs the tower for every picture of every episode."""
+
 
 class SupConConfig(Config):
     """Vision tower pretraining by supervised contrast (arXiv:2004.11362)."""

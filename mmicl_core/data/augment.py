@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["augment", "variant_key", "vary_turns"]
+__all__ = ["VARIANT_MARK", "augment", "augment_versions", "variant_key", "vary_turns"]
 
 # Mild: a tower of few passes learns less from pictures that are changed more.
 TURN_RADIANS = 0.09
@@ -18,6 +19,7 @@ SCALE = 0.07
 SHIFT = 0.04
 GAIN = 0.1
 GREY_SHARE = 0.07
+VARIANT_MARK = "#"
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -48,9 +50,16 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return 1 - torch.where(uniform(1, 1, 1) < 2 * GREY_SHARE - 1, grey, ink)
 
 
+def augment_versions(pixels: Tensor, keys: Sequence[str]) -> Tensor:
+    """Each picture changed as its `variant_key` says, (N, 3, height, width), whatever else is beside it."""
+    generators = [torch.Generator().manual_seed(zlib.crc32(key.encode())) for key in keys]
+    changed = [augment(pixels[number : number + 1], chance) for number, chance in enumerate(generators)]
+    return torch.cat(changed)
+
+
 def variant_key(picture: str, variant: int) -> str:
     """Names a version of a picture: 0 is the picture itself."""
-    return f"{picture}#{variant}" if variant else picture
+    return f"{picture}{VARIANT_MARK}{variant}" if variant else picture
 
 
 def vary_turns(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
+from torch import Tensor
 
+from mmicl_core.data.augment import VARIANT_MARK, augment_versions
 from mmicl_core.data.images import decode
 from mmicl_core.data.schema import PAIR
 from mmicl_core.errors import DataError
 
-__all__ = ["PictureStore", "read_metadata"]
+__all__ = ["PictureStore", "PixelStore", "read_metadata"]
 
 METADATA = [field.name for field in PAIR if field.name != "image"]
 USABLE = pc.field("skipped").is_null()
@@ -41,6 +45,9 @@ class PictureStore:
             for row, key in enumerate(table.column("picture").to_pylist())
         }
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._where
+
     def encoded(self, key: str) -> bytes:
         """The bytes of a picture.
 
@@ -55,6 +62,32 @@ class PictureStore:
     def picture(self, key: str) -> Image.Image:
         """A picture, decoded."""
         return decode(self.encoded(key))
+
+
+class PixelStore:
+    """Pictures and their augmented versions by `variant_key`, as a vision tower takes them.
+
+    Args:
+        pictures: where the pictures are.
+        prepare: pictures -> (N, 3, height, width).
+    """
+
+    def __init__(self, pictures: PictureStore, prepare: Callable[[Sequence[Image.Image]], Tensor]) -> None:
+        self._pictures, self._prepare = pictures, prepare
+        self._prepared: dict[str, Tensor] = {}
+
+    def __getitem__(self, key: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The pixels of a version, (3, height, width).
+
+        Raises:
+            DataError: there is no picture of that key.
+        """
+        picture = key if key in self._pictures else key.rpartition(VARIANT_MARK)[0] or key
+        if picture not in self._prepared:
+            # Sixteen bits: every pass over the corpus needs all of them again.
+            self._prepared[picture] = self._prepare([self._pictures.picture(picture)])[0].half()
+        pixels = self._prepared[picture].float()
+        return (pixels if key == picture else augment_versions(pixels[None], [key])[0]).numpy()
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,9 +1,9 @@
 """Link-context learning: the model learns to follow demonstrations (Tai et al., CVPR 2024, 2308.07891).
 
 Episodes give two look-alike concepts made-up names, and the language model and the projector are
-trained to use the right one for the query; the vision tower is frozen. The paper trains on the query's
-answer alone (`answers_scored: last`); `dense` also scores every demonstration whose name has been
-given before, the same task with fewer shots at no further cost.
+trained to use the right one for the query; the vision tower is frozen unless asked for. The paper
+trains on the query's answer alone (`answers_scored: last`); `dense` also scores every demonstration
+whose name has been given before, the same task with fewer shots at no further cost.
 
 The paper's negative keeps its true name; here both names are made up, so that a model trained from
 nothing cannot tell the classes apart by which name it knows.
@@ -29,10 +29,11 @@ __all__ = ["Lcl", "LclBatch", "full_prompt"]
 
 @dataclass(frozen=True)
 class LclBatch:
-    """Whole conversations."""
+    """Whole conversations with what is known of their pictures, in the order of the prompts: vision-tower
+    output (N, V, W), or pixels (N, 3, height, width) where the tower is trained."""
 
     packed: Packed
-    vision_NVW: Tensor
+    pictures: Tensor
 
     @property
     def num_scored(self) -> int:
@@ -45,11 +46,14 @@ class Lcl(Method):
 
     def __init__(self, backbone: HuggingFaceBackbone, config: LclConfig) -> None:
         super().__init__(backbone)
-        for role in (backbone.language_model, backbone.projector, backbone.head):
+        self._trains_tower = config.train_vision_tower
+        roles = [backbone.language_model, backbone.projector, backbone.head]
+        for role in [*roles, backbone.vision_tower] if self._trains_tower else roles:
             role.requires_grad_(requires_grad=True)
 
     def collate(self, rows: Sequence[Mapping[str, Any]], features: Lookup, states: Lookup) -> LclBatch:
-        """Episodes -> conversations with every picture in its place."""
+        """Episodes -> conversations with every picture in its place; `features` are pixels if the vision
+        tower is trained."""
         prompts, pictures = [], []
         for row in rows:
             turns = episode_turns(row)
@@ -65,7 +69,8 @@ class Lcl(Method):
     def forward(self, batch: LclBatch) -> Tensor:
         """Negative log-likelihood of the scored answer tokens."""
         packed = batch.packed.to(self.backbone.device)
-        embeds_BLD = prompt_embeddings(self.backbone, packed, batch.vision_NVW)
+        vision_NVW = self.backbone.tower_states(batch.pictures) if self._trains_tower else batch.pictures
+        embeds_BLD = prompt_embeddings(self.backbone, packed, vision_NVW)
         return answer_nll(self.backbone, embeds_BLD, packed)
 
     def save(self, folder: Path) -> None:

@@ -77,17 +77,6 @@ def test_ray_is_stopped_whatever_happens(connections, error):
     assert connections[-1] == {"shutdown": True}
 
 
-@pytest.mark.parametrize("code", [0, 1])
-def test_interruption_that_ray_train_turned_into_an_exit_is_an_interruption_again(connections, code):
-    with pytest.raises(KeyboardInterrupt), environment.cluster():
-        raise SystemExit(code)
-
-
-def test_termination_is_not_an_interruption(connections):
-    with pytest.raises(SystemExit), environment.cluster():
-        raise SystemExit(15)
-
-
 def test_what_the_user_set_is_kept(monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")

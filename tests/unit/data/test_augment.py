@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from mmicl_core.data.augment import GREY_SHARE, augment, variant_key, vary_turns
+from mmicl_core.data.augment import GREY_SHARE, augment, augment_versions, variant_key, vary_turns
 from tests.fakes import episode_row
 
 
@@ -68,3 +68,23 @@ def test_turns_vary_in_the_query_alone_where_demonstrations_are_read_before() ->
     varied = [vary_turns(row, visit, 4, query_only=True)["turns"] for visit in range(40)]
     assert all(turns[:-1] == row["turns"][:-1] for turns in varied)
     assert {turns[-1]["picture"] for turns in varied} == {"c", "c#1", "c#2", "c#3"}
+
+
+def test_versions_of_a_picture_do_not_depend_on_what_is_beside_it() -> None:
+    pixels = torch.rand(5, 3, 20, 20, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def versions(numbers: list[int], variant: int) -> torch.Tensor:
+        keys = [variant_key(f"cat__{'abcde'[number]}", variant) for number in numbers]
+        return augment_versions(pixels[numbers], keys)
+
+    whole = versions([0, 1, 2, 3, 4], 1)
+    # Sums of one picture may be taken in another order than those of five.
+    torch.testing.assert_close(versions([3, 0, 4], 1), whole[[3, 0, 4]])
+    other = versions([0, 1, 2, 3, 4], 2)
+    assert all(not torch.allclose(one, two) for one, two in zip(whole, other, strict=True))
+
+
+def test_same_picture_under_another_key_looks_different() -> None:
+    pixels = torch.rand(1, 3, 20, 20, generator=torch.Generator().manual_seed(0)).expand(4, -1, -1, -1)
+    same = augment_versions(pixels, [variant_key(f"cat__{style}", 1) for style in "abcd"])
+    assert all(not torch.allclose(same[0], changed) for changed in same[1:])

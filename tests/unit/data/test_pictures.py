@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 
-from mmicl_core.data.pictures import PictureStore, read_metadata
+from mmicl_core.data.augment import augment_versions, variant_key
+from mmicl_core.data.pictures import PictureStore, PixelStore, read_metadata
 from mmicl_core.data.schema import PAIR
 from mmicl_core.errors import DataError
 from tests.fakes import draw_picture, encode_picture, pair_rows
@@ -37,6 +41,32 @@ def test_picture_store_names_the_picture_that_it_has_not(tmp_path: Path) -> None
     _write(tmp_path)
     with pytest.raises(DataError, match="no picture 'dog__ink'"):
         PictureStore(tmp_path).encoded("dog__ink")
+
+
+def _prepare(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    arrays = [np.asarray(picture, dtype=np.float32) / 127.5 - 1 for picture in pictures]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def test_pixel_store_gives_a_picture_as_it_is_and_its_versions_augmented(tmp_path: Path) -> None:
+    key = _write(tmp_path)[2]
+    pictures = PictureStore(tmp_path)
+    store = PixelStore(pictures, _prepare)
+    plain = _prepare([pictures.picture(key)]).half().float()
+    np.testing.assert_array_equal(store[key], plain[0].numpy())
+    version = variant_key(key, 3)
+    np.testing.assert_array_equal(store[version], augment_versions(plain, [version])[0].numpy())
+    assert not np.array_equal(store[version], store[key])
+
+
+def test_pixel_store_reads_a_mark_inside_a_key_as_part_of_the_key(tmp_path: Path) -> None:
+    row = pair_rows(("red#1",), ("ink",))[0] | {"image": encode_picture(draw_picture(0)), "skipped": None}
+    schema = PAIR.append(pa.field("skipped", pa.string()))
+    pq.write_table(pa.Table.from_pylist([row], schema=schema), tmp_path / "a.parquet")
+    store = PixelStore(PictureStore(tmp_path), _prepare)
+    assert store[row["picture"]].shape == store[variant_key(row["picture"], 2)].shape
+    with pytest.raises(DataError, match="no picture 'dog'"):
+        store[variant_key("dog", 2)]
 
 
 def test_metadata_holds_the_usable_rows_in_key_order_without_images(tmp_path: Path) -> None:

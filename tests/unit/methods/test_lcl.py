@@ -70,6 +70,18 @@ def test_loss_is_that_of_the_stock_model_on_ids_and_pixels() -> None:
         torch.testing.assert_close(ours, stock, **LAST_BITS)
 
 
+def test_loss_with_the_tower_in_training_is_that_of_the_stock_model_on_ids_and_pixels() -> None:
+    method = Lcl(tiny_backbone(), LclConfig(train_vision_tower=True))
+    _, pictures = _seen(method.backbone)
+    pixels = dict(zip(PICTURES, method.backbone.pixels(pictures).numpy(), strict=True))
+    ours = method(method.collate([LONG], pixels, {}))
+    torch.testing.assert_close(ours.detach(), _stock_loss(method.backbone, LONG, pictures), **LAST_BITS)
+    ours.sum().backward()
+    trained = method.trainable()
+    assert {id(p) for p in trained.values()} == {id(p) for p in method.backbone.parameters()}
+    assert float(method.backbone.vision_tower.embeddings.patch_embedding.weight.grad.abs().max()) > 0
+
+
 def test_loss_of_a_batch_is_that_of_its_conversations_alone() -> None:
     method = _method()
     vision = random_vision(PICTURES, method.backbone)

@@ -1,0 +1,100 @@
+"""Workers killed in the middle of training: nothing is lost, nothing counts twice.
+
+One kill runs with the tests, more of them with `make trials`.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from mmicl_core.config.data import CorpusConfig, EpisodeConfig, ShotStage
+from mmicl_core.config.model import AimConfig, BackboneConfig
+from mmicl_core.config.run import RunConfig
+from mmicl_core.config.train import TrainConfig
+from pipelines.train import METRICS_FILE, train
+from tests.fakes import tiny_backbone, write_corpus
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+STEPS, CHECKPOINT_EVERY = 400, 20
+WORKER = "ray::RayTrainWorker"
+POLL_SECONDS = 0.02
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("chaos")
+    write_corpus(folder / "corpus")
+    tiny_backbone().save(folder / "backbone")
+    return RunConfig(
+        corpus=CorpusConfig(path=str(folder / "corpus")),
+        episodes=EpisodeConfig(stages=(ShotStage(episodes=6, min_shots=1, max_shots=2),)),
+        backbone=BackboneConfig(path=str(folder / "backbone")),
+        method=AimConfig(),
+        train=TrainConfig(
+            steps=STEPS,
+            global_batch=4,
+            micro_batch=2,
+            learning_rate=0.01,
+            checkpoint_every=CHECKPOINT_EVERY,
+            log_every=1,
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run: RunConfig, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> list[float]:
+    return _losses(train(run, tmp_path_factory.mktemp("undisturbed")).folder)
+
+
+class Killer(threading.Thread):
+    """Kills one worker each time another tenth of the training is done."""
+
+    def __init__(self, root: Path, kills: int) -> None:
+        super().__init__(daemon=True)
+        self._root, self._left, self.killed = root, kills, 0
+
+    def run(self) -> None:
+        while self._left:
+            if self._steps() >= STEPS // 10 * (self.killed + 1) and (workers := self._workers()):
+                workers[self.killed % len(workers)].kill()
+                self.killed, self._left = self.killed + 1, self._left - 1
+            time.sleep(POLL_SECONDS)
+
+    def _steps(self) -> int:
+        lines = [file.read_text(encoding="utf-8").count("\n") for file in self._root.glob("*.work/*.jsonl")]
+        return max(lines, default=0)
+
+    @staticmethod
+    def _workers() -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if process.cmdline()[:1] == [WORKER]:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.trial)])
+def test_training_whose_workers_are_killed_ends_like_an_undisturbed_one(run, undisturbed, tmp_path, kills):
+    killer = Killer(tmp_path, kills)
+    killer.start()
+    losses = _losses(train(run, tmp_path).folder)
+    assert killer.killed == kills
+    np.testing.assert_allclose(losses, undisturbed, rtol=1e-6)
+
+
+def _losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    return [row["loss"] for row in rows]
