@@ -34,7 +34,7 @@ from mmicl_core.data.store import ArrayStore
 from mmicl_core.methods import build_method
 from mmicl_core.methods.aim import aggregator_identity
 from mmicl_core.methods.base import Batch, Lookup, Method
-from mmicl_core.training.checkpoint import TrainState, load_state, save_state
+from mmicl_core.training.checkpoint import TrainState, has_state, load_state, save_state
 from mmicl_core.training.order import RowOrder, share_of_worker
 from mmicl_core.training.step import StepMetrics, learning_rate, train_step
 from pipelines.episodes import read_episodes
@@ -156,7 +156,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
     torch.manual_seed(run.train.seed)
     backbone = load_backbone(materials.backbone, attention=run.train.attention)
     method = build_method(backbone, run.method).to(get_device())
-    state = load_state(work / CHECKPOINT, _shapes(method)) if (work / CHECKPOINT).is_dir() else None
+    saved = work / CHECKPOINT
+    state = load_state(saved, _shapes(method)) if has_state(saved) else None
     first = state.step if state else 0
     engine = ZeroEngine(method, run.train, state)
     feed = _Feed(run, method, materials)

@@ -7,7 +7,7 @@ import torch
 
 from mmicl_core.errors import CheckpointError
 from mmicl_core.training import checkpoint
-from mmicl_core.training.checkpoint import Moments, TrainState, load_state, save_state
+from mmicl_core.training.checkpoint import Moments, TrainState, has_state, load_state, save_state
 
 SHAPES = {"layer.weight": (3, 4), "layer.bias": (4,), "scale": ()}
 
@@ -78,7 +78,26 @@ def test_a_crash_in_the_middle_of_saving_leaves_the_old_checkpoint(
     with pytest.raises(OSError, match="no space"):
         save_state(tmp_path / "checkpoint", _state(step=2, seed=1))
     assert _same(load_state(tmp_path / "checkpoint", SHAPES), _state(step=1))
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step-00000001"]
+
+
+def test_a_worker_killed_while_saving_leaves_the_old_checkpoint_and_the_next_removes_its_rest(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "checkpoint"
+    save_state(folder, _state(step=1))
+    (folder / ".step-00000002.abc").mkdir()
+    assert has_state(folder)
+    assert load_state(folder, SHAPES).step == 1
+    save_state(folder, _state(step=3, seed=1))
+    assert [path.name for path in folder.iterdir()] == ["step-00000003"]
+    assert _same(load_state(folder, SHAPES), _state(step=3, seed=1))
+
+
+def test_folder_with_nothing_whole_in_it_holds_no_checkpoint(tmp_path: Path) -> None:
+    assert not has_state(tmp_path / "absent")
+    (tmp_path / ".step-00000002.abc").mkdir()
+    assert not has_state(tmp_path)
 
 
 def test_a_torn_or_missing_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
@@ -87,7 +106,7 @@ def test_a_torn_or_missing_checkpoint_is_refused_by_name(tmp_path: Path) -> None
         load_state(folder, SHAPES)
     for name, content in (("state.safetensors", None), ("state.json", b"{"), ("state.json", b"{}")):
         save_state(folder, _state())
-        path = folder / name
+        path = folder / "step-00000007" / name
         path.write_bytes(path.read_bytes()[:-20] if content is None else content)
         with pytest.raises(CheckpointError, match="cannot be read"):
             load_state(folder, SHAPES)
