@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, backbone_identity, load_backbone
-from mmicl_core.backbones.nano import build_nano, whiten_patches
+from mmicl_core.backbones.nano import balance_projector, build_nano, whiten_patches
 from mmicl_core.config.model import BackboneConfig, LclConfig, SupConConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.data.episodes import DESCRIBE_QUESTION, NAME_QUESTION
@@ -23,7 +26,7 @@ from pipelines.stages import Stage
 __all__ = ["Materials", "open_backbone", "prepare"]
 
 NEW_NANO = "new:nano"
-WHITENED_PICTURES = 1500
+MEASURED_PICTURES = 1500
 QUESTIONS = ("This is", "What is this?", NAME_QUESTION, DESCRIBE_QUESTION)
 
 
@@ -57,8 +60,7 @@ def prepare(run: RunConfig, root: Path) -> Materials:
     if isinstance(run.method, SupConConfig):
         features = None
         if run.method.teacher is not None:
-            rows = read_metadata(pairs.folder)
-            train_on = [row["picture"] for row in rows if split.trains_on(row["concept"], row["style"])]
+            train_on = [row["picture"] for row in _training_rows(pairs, split)]
             teacher = resolve(run.method.teacher)
             features = teach_pictures(pairs, teacher, run.method.teacher_pixels, train_on, root).folder
         return Materials(backbone, pairs.folder, corpus, features=features)
@@ -70,9 +72,10 @@ def prepare(run: RunConfig, root: Path) -> Materials:
     if isinstance(run.method, LclConfig) and run.method.train_vision_tower:
         return Materials(backbone, pairs.folder, corpus, episodes.folder)
     # A demonstration whose states are known is never looked at again; its query is.
-    seen = [turn["picture"] for row in rows for turn in (row["turns"][-1:] if states else row["turns"])]
+    turns = [turn for row in rows for turn in (row["turns"][-1:] if states else row["turns"])]
     variants = run.train.picture_variants
-    features = encode_pictures(pairs, backbone, sorted(set(seen)), variants, root).folder
+    seen = sorted({turn["picture"] for turn in turns if turn["picture"] is not None})
+    features = encode_pictures(pairs, backbone, seen, variants, root).folder
     return Materials(backbone, pairs.folder, corpus, episodes.folder, features, states)
 
 
@@ -90,9 +93,12 @@ def open_backbone(config: BackboneConfig, pairs: Stage, split: Split, root: Path
     )
 
     def build(folder: Path) -> dict[str, int]:
-        backbone = _new_nano(pairs, split) if is_new else load_backbone(resolve(config.path))
+        pictures = _some_pictures(pairs, split) if is_new else []
+        backbone = _new_nano(pairs, split, pictures) if is_new else load_backbone(resolve(config.path))
         if config.vision_tower is not None:
             load_vision_tower(resolve(config.vision_tower), backbone)
+        if is_new:
+            balance_projector(backbone, pictures)
         backbone.save(folder)
         return {"parameters": sum(parameter.numel() for parameter in backbone.parameters())}
 
@@ -100,13 +106,19 @@ def open_backbone(config: BackboneConfig, pairs: Stage, split: Split, root: Path
     return stage.folder
 
 
-def _new_nano(pairs: Stage, split: Split) -> HuggingFaceBackbone:
-    rows = [row for row in read_metadata(pairs.folder) if split.trains_on(row["concept"], row["style"])]
+def _training_rows(pairs: Stage, split: Split) -> list[dict[str, Any]]:
+    return [row for row in read_metadata(pairs.folder) if split.trains_on(row["concept"], row["style"])]
+
+
+def _some_pictures(pairs: Stage, split: Split) -> list[Image.Image]:
+    rows, store = _training_rows(pairs, split), PictureStore(pairs.folder)
+    return [store.picture(row["picture"]) for row in rows[:: max(1, len(rows) // MEASURED_PICTURES)]]
+
+
+def _new_nano(pairs: Stage, split: Split, pictures: list[Image.Image]) -> HuggingFaceBackbone:
     texts = []
-    for row in rows:
+    for row in _training_rows(pairs, split):
         texts += [row["name"], row["subcategory"].replace("-", " "), *row["keywords"]]
     backbone = build_nano(texts, [*SYLLABLES, *QUESTIONS])
-    store = PictureStore(pairs.folder)
-    chosen = rows[:: max(1, len(rows) // WHITENED_PICTURES)]
-    whiten_patches(backbone, [store.picture(row["picture"]) for row in chosen])
+    whiten_patches(backbone, pictures)
     return backbone

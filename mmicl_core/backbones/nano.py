@@ -17,6 +17,7 @@ from itertools import chain
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -29,7 +30,7 @@ from transformers import (
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 
-__all__ = ["build_nano", "whiten_patches"]
+__all__ = ["balance_projector", "build_nano", "whiten_patches"]
 
 IMAGE_PIXELS = 70
 PATCH_PIXELS = 14
@@ -41,6 +42,7 @@ FREQUENT_REPEATS = 5000
 PATCH_SCALE = 0.05
 WHITENING_FLOOR = 0.05
 POSITION_SCALE = 0.3
+EMBEDDING_SPREAD = 0.1
 SLOWEST_TURN = 20.0
 
 CHAT_TEMPLATE = (
@@ -108,6 +110,7 @@ def build_nano(texts: Iterable[str], frequent: Sequence[str], seed: int = 0) -> 
     )
     backbone = HuggingFaceBackbone(LlavaForConditionalGeneration(config), processor, identity="new")
     _set_positions(backbone)
+    _set_language_model(backbone)
     return backbone
 
 
@@ -128,6 +131,35 @@ def whiten_patches(backbone: HuggingFaceBackbone, pictures: Sequence[Image.Image
     whitened = directions[:width] / (spread[:width, None] + WHITENING_FLOOR * spread[0])
     mixing, _ = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)))
     layer.weight.copy_((PATCH_SCALE * mixing @ whitened).reshape(layer.weight.shape))
+
+
+@torch.no_grad()
+def balance_projector(backbone: HuggingFaceBackbone, pictures: Sequence[Image.Image]) -> None:
+    """Start the projector so that visual tokens are centred and spread like word embeddings.
+
+    Projected at random they stand 28 times above the words, which then go unheard for hundreds of steps.
+    """
+    vision_NVW = backbone.encode_pixels(backbone.pixels(pictures))
+    first, second = backbone.projector.linear_1, backbone.projector.linear_2
+    mean = vision_NVW.mean((0, 1))
+    nn.init.orthogonal_(first.weight, generator=torch.Generator().manual_seed(1))
+    first.weight.div_((vision_NVW - mean).square().mean().sqrt())
+    first.bias.copy_(-first.weight @ mean)
+    nn.init.orthogonal_(second.weight, generator=torch.Generator().manual_seed(2))
+    nn.init.zeros_(second.bias)
+    tokens = backbone.project(vision_NVW)
+    second.weight.mul_(EMBEDDING_SPREAD / (tokens - tokens.mean((0, 1))).square().mean().sqrt())
+    second.bias.copy_(-backbone.project(vision_NVW).mean((0, 1)))
+
+
+@torch.no_grad()
+def _set_language_model(backbone: HuggingFaceBackbone) -> None:
+    """Start with words that stand out and blocks that add nothing yet (zero output projections)."""
+    words = backbone.language_model.get_input_embeddings().weight
+    words.mul_(EMBEDDING_SPREAD / words.std())
+    for layer in backbone.language_model.layers:
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
 
 
 @torch.no_grad()

@@ -12,9 +12,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from mmicl_core.config.data import EpisodeConfig, Part
+from mmicl_core.config.data import EpisodeConfig, Part, ShotStage
 from mmicl_core.data.names import made_up_names
 from mmicl_core.data.neighbours import Concept, draw_weights, rank_neighbours
 from mmicl_core.data.splits import Split
@@ -37,10 +38,17 @@ class Pool:
     """Keys of the pictures that may be queries; the same ones, or those of the held-out style."""
     neighbours: Mapping[str, list[str]]
 
+    @cached_property
+    def most_shots(self) -> dict[str, int]:
+        """How many pictures of each concept can be shown so that another one is left to ask about."""
+        return {
+            concept: min(len(shown), len({*shown, *self.asked[concept]}) - 1) if self.asked[concept] else 0
+            for concept, shown in self.shown.items()
+        }
+
     def can_show(self, concept: str, shots: int) -> bool:
         """Whether the concept has `shots` pictures to show and another one to ask about."""
-        shown, asked = self.shown[concept], self.asked[concept]
-        return len(shown) >= shots and len(set(shown) | set(asked)) > shots and bool(asked)
+        return shots <= self.most_shots[concept]
 
 
 def build_pool(pairs: Iterable[Mapping[str, Any]], split: Split, part: Part, neighbours: int) -> Pool:
@@ -74,8 +82,8 @@ def build_pool(pairs: Iterable[Mapping[str, Any]], split: Split, part: Part, nei
 def draw_episode(number: int, pool: Pool, config: EpisodeConfig) -> dict[str, Any] | str:
     """Draw episode `number`: an EPISODE row, or the reason why it cannot be had."""
     rng = random.Random(f"{config.seed}/{number}")
-    shots = _shots(number, config)
-    if rng.random() < config.caption_share:
+    stage, shots = _place(number, config)
+    if rng.random() < config.caption_share and stage.pictures:
         return _caption_episode(number, shots, pool, rng)
     able = [concept for concept in pool.concepts if pool.can_show(concept, shots)]
     if len(able) < 2:
@@ -89,16 +97,20 @@ def draw_episode(number: int, pool: Pool, config: EpisodeConfig) -> dict[str, An
         negative = rng.choices(candidates, draw_weights(len(candidates)))[0]
     else:
         negative = rng.choice([concept for concept in able if concept != anchor])
-    return _link_episode(number, shots, (anchor, negative), pool, config, rng)
+    row = _link_episode(number, shots, (anchor, negative), pool, config, rng)
+    if not stage.pictures:
+        row["turns"] = [turn | {"picture": None} for turn in row["turns"]]
+    return row
 
 
-def _shots(number: int, config: EpisodeConfig) -> int:
+def _place(number: int, config: EpisodeConfig) -> tuple[ShotStage, int]:
+    """The stage of an episode and its shots."""
     first = 0
     for stage in config.stages:
         if number < first + stage.episodes:
             row = (number - first) // config.same_shots_in_a_row
             rng = random.Random(f"{config.seed}/shots/{first}/{row}")
-            return rng.randint(stage.min_shots, stage.max_shots)
+            return stage, rng.randint(stage.min_shots, stage.max_shots)
         first += stage.episodes
     raise AssertionError(f"episode {number} is beyond the {first} of all stages")
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 
 from mmicl_core.config.run import RunConfig, load_run
 from pipelines.arguments import RECIPES
@@ -20,3 +21,13 @@ def test_recipe_round_trips_through_json(recipe):
 def test_recipe_opens_with_its_command(recipe):
     comment = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert any("mmicl " in line for line in comment), "say in its header how it is run"
+
+
+@pytest.mark.parametrize("recipe", ALL, ids=lambda path: path.stem)
+def test_recipe_states_only_what_differs_from_the_defaults(recipe):
+    given = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    defaults = load_run(None, {"method": {"type": given.get("method", {}).get("type", "aim")}})
+    for section, settings in given.items():
+        plain = getattr(defaults, section).model_dump(mode="json")
+        repeated = [name for name, value in settings.items() if value == plain[name] and name != "type"]
+        assert repeated == [], f"{section}: defaults already say this"

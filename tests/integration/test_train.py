@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 STEPS, STOPPED_AT = 24, 12
 RESUMED_LOSS = 2e-4
+BF16_LOSS = 0.02
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,36 @@ def test_run_stopped_and_resumed_on_one_worker_ends_like_an_uninterrupted_one(
     # Gradients are summed in another order, and 24 steps pass the last bits of 32 on. Without the
     # moments of the checkpoint, losses after the stop differ by more than 0.01.
     np.testing.assert_allclose(_losses(resumed), _losses(uninterrupted), rtol=RESUMED_LOSS)
+
+
+def test_matrices_multiplied_in_bf16_take_training_the_same_way_but_for_rounding(
+    folder: Path, uninterrupted: Path, method: MethodConfig
+) -> None:
+    run = _run(folder, method, 6, workers=2)
+    quick = run.train.model_copy(update={"autocast": True, "attention": "eager"})
+    losses = _losses(train(run.model_copy(update={"train": quick}), folder / "run").folder)
+    whole = _losses(uninterrupted)[:6]
+    assert losses != whole
+    np.testing.assert_allclose(losses, whole, rtol=BF16_LOSS)
+
+
+def test_language_model_and_tower_train_together_from_pixels(folder: Path) -> None:
+    run = _run(folder, LclConfig(train_vision_tower=True), 3, workers=2)
+    materials = prepare(run, folder / "run")
+    assert materials.features is None
+    trained = _weights(train(run, folder / "run").folder)
+    start = _weights_at_the_start(folder, LclConfig())
+    assert all(not torch.equal(trained[name], start[name]) for name in start if "position" not in name)
+
+
+def test_episodes_without_pictures_train_all_but_what_reads_pictures(folder: Path) -> None:
+    run = _run(folder, LclConfig(), 4, workers=2)
+    stages = (ShotStage(episodes=8, min_shots=2, max_shots=2, pictures=False),)
+    run = run.model_copy(update={"episodes": EpisodeConfig(stages=stages, same_shots_in_a_row=4)})
+    trained = _weights(train(run, folder / "run").folder)
+    start = _weights_at_the_start(folder, LclConfig())
+    moved = {name for name in start if not torch.equal(trained[name], start[name])}
+    assert moved == {name for name in start if name.startswith(("model.language_model", "lm_head"))}
 
 
 def test_features_hold_both_versions_of_every_query_and_the_states_of_every_demonstration(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, load_backbone
-from mmicl_core.backbones.nano import PATCH_PIXELS, build_nano, whiten_patches
+from mmicl_core.backbones.nano import PATCH_PIXELS, balance_projector, build_nano, whiten_patches
 from mmicl_core.data.collate import pack
 from mmicl_core.data.names import SYLLABLES
 from mmicl_core.methods.base import prompt_embeddings
@@ -95,6 +95,25 @@ def test_whitened_patches_differ_alike_in_every_direction() -> None:
     # Blocks of one colour differ in a few dozen directions; those are compared.
     assert before[0] / before[19] > 5
     assert after[0] / after[19] < 2
+
+
+def test_visual_tokens_begin_centred_and_spread_like_words() -> None:
+    backbone = build_nano(TEXTS, [*SYLLABLES])
+    pictures = [draw_picture(number) for number in range(40)]
+    balance_projector(backbone, pictures)
+    with torch.no_grad():
+        tokens = backbone.project(backbone.encode_pixels(backbone.pixels(pictures)))
+    words = backbone.language_model.get_input_embeddings().weight
+    assert float(tokens.mean((0, 1)).abs().max()) < 1e-4
+    torch.testing.assert_close(tokens.std(), words.std(), rtol=0.02, atol=0)
+
+
+def test_blocks_add_nothing_at_the_start(nano: HuggingFaceBackbone) -> None:
+    embeds = nano.embed(torch.tensor([[1, 5, 7, 9]]))
+    with torch.no_grad():
+        hidden = nano.hidden(embeds, torch.ones(1, 4))
+    scale = embeds.square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(hidden, embeds / scale, rtol=1e-3, atol=1e-3)
 
 
 def _spread_of_patches(backbone: HuggingFaceBackbone, pictures: list[Image.Image]) -> torch.Tensor:

@@ -1,0 +1,132 @@
+"""The model and the aggregator that come along: what they are, and that they do what their cards say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from mmicl_core.assets import resolve
+from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, load_backbone
+from mmicl_core.config.data import EpisodeConfig, ShotStage
+from mmicl_core.data.episodes import build_pool, draw_episode
+from mmicl_core.data.images import decode
+from mmicl_core.data.sources import read_shard
+from mmicl_core.data.splits import Split
+from mmicl_core.evaluation.metrics import names_only
+from mmicl_core.evaluation.naming import Condition, NamingTask
+from mmicl_core.methods.aim import Aggregator
+
+NANO, AIM, CORPUS = (resolve(f"embedded:{name}") for name in ("nano", "nano_aim", "open_emoji"))
+LARGEST_MODEL_BYTES = 32_000_000
+LARGEST_AGGREGATOR_BYTES = 600_000
+LARGEST_MODEL_PARAMETERS = 15_000_000
+EPISODES = 40
+STOCK_ONLY = """
+import sys
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Name it:"}]}]
+text = processor.apply_chat_template(messages, add_generation_prompt=True)
+picture = Image.new("RGB", (72, 72), "red")
+inputs = processor(images=[picture], text=text, return_tensors="pt", add_special_tokens=False)
+ids = model.float().generate(**inputs, max_new_tokens=8)
+assert ids.shape[1] > inputs["input_ids"].shape[1]
+assert not [name for name in sys.modules if name.partition(".")[0] in ("mmicl_core", "pipelines")]
+"""
+
+
+@pytest.fixture(scope="module")
+def nano() -> HuggingFaceBackbone:
+    return load_backbone(NANO)
+
+
+@pytest.fixture(scope="module")
+def aggregator(nano: HuggingFaceBackbone) -> Aggregator:
+    return Aggregator.load(AIM, nano)
+
+
+def test_nano_is_small_16_bit_and_reads_enough_visual_tokens(nano):
+    assert sum(parameter.numel() for parameter in nano.parameters()) <= LARGEST_MODEL_PARAMETERS
+    assert sum(file.stat().st_size for file in NANO.rglob("*")) <= LARGEST_MODEL_BYTES
+    assert nano.visual_tokens >= 25
+    for file in NANO.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_nano_is_loaded_and_generates_with_nothing_of_ours_imported(tmp_path):
+    subprocess.run(
+        [sys.executable, "-c", STOCK_ONLY, str(NANO)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": ""},
+        check=True,
+    )
+
+
+def test_aggregator_is_of_a_few_hundred_kilobytes_and_fits_nano(aggregator, nano):
+    assert sum(file.stat().st_size for file in AIM.rglob("*")) <= LARGEST_AGGREGATOR_BYTES
+    assert aggregator(torch.zeros(2, nano.width)).shape == (2, nano.width)
+
+
+@pytest.mark.parametrize("folder", [NANO, AIM], ids=["nano", "nano_aim"])
+def test_training_log_ends_at_the_last_step_with_a_lower_loss(folder):
+    logs = sorted((folder / "training").glob("*.jsonl"))
+    assert logs
+    for log in logs:
+        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        steps = [row["step"] for row in rows]
+        assert steps == sorted(set(steps))
+        assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+@pytest.mark.parametrize("folder", [NANO, AIM], ids=["nano", "nano_aim"])
+def test_model_card_tells_the_accuracies_of_the_committed_evaluation(folder):
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    rows = json.loads((folder / "training" / "evaluation.json").read_text(encoding="utf-8"))
+    for row in rows:
+        assert row["queries"] >= 1000
+        scores = [f"{row['conditions'][name]['accuracy']:.3f}" for name in row["conditions"]]
+        line = rf"\| {row['part']} \| {row['shots_per_class']} \|.*"
+        (told,) = re.findall(line, card)
+        assert set(scores) <= set(told.split())
+
+
+@pytest.fixture(scope="module")
+def episodes() -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """Held-out episodes of 4 shots, as the evaluation draws them, and the pictures that they need."""
+    rows = [row for shard in sorted(CORPUS.glob("*.tar.gz")) for row in read_shard(shard)]
+    split = Split.load(CORPUS)
+    config = EpisodeConfig(
+        part="held_out_concepts", stages=(ShotStage(episodes=EPISODES, min_shots=4, max_shots=4),), seed=1
+    )
+    pool = build_pool(rows, split, config.part, config.neighbours)
+    drawn = [draw_episode(number, pool, config) for number in range(EPISODES)]
+    return [row for row in drawn if isinstance(row, dict)], {row["picture"]: row["image"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("condition", "low", "high"),
+    [("full", 0.7, 1.0), ("fused", 0.6, 1.0), ("swapped", 0.0, 0.3), ("zero_shot", 0.0, 0.0)],
+)
+def test_nano_learns_names_from_demonstrations_and_follows_them(
+    nano, aggregator, episodes, condition: Condition, low, high
+):
+    rows, images = episodes
+    keys = sorted({turn["picture"] for row in rows for turn in row["turns"]})
+    seen = nano.encode_pixels(nano.pixels([decode(images[key]) for key in keys]))
+    vision: Mapping[str, torch.Tensor] = dict(zip(keys, seen, strict=True))
+    answers = NamingTask(nano, aggregator, max_new_tokens=12).answer(rows, condition, vision)
+    right = [names_only(said, row["answer"], row["other"]) for said, row in zip(answers, rows, strict=True)]
+    assert len(right) == EPISODES
+    assert low <= sum(right) / len(right) <= high
