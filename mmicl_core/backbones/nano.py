@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -43,6 +44,15 @@ PATCH_SCALE = 0.05
 WHITENING_FLOOR = 0.05
 POSITION_SCALE = 0.3
 EMBEDDING_SPREAD = 0.1
+# Slow enough that half of the rotations hardly turn within a prompt.
+ROPE_THETA = 1.0e6
+# Tokens that the heads of the first layer look back: the one before, a short answer, a picture's middle.
+LOOK_BACK = (1, 1, 2, 4, 8, 16, 16, 24)
+LOOK_STRENGTH = 45.0
+# For heads of the second layer, the heads of the first whose findings they compare: what this token is with
+# what stood before another, twice for each such head, and the pictures that both look back at.
+MATCHES = ((None, 0), (None, 0), (None, 1), (None, 1), (5, 5), (5, 5), (6, 6), (6, 6))
+MATCH_STRENGTH = 1.5
 SLOWEST_TURN = 20.0
 
 CHAT_TEMPLATE = (
@@ -85,6 +95,7 @@ def build_nano(texts: Iterable[str], frequent: Sequence[str], seed: int = 0) -> 
             num_attention_heads=8,
             num_key_value_heads=8,
             max_position_embeddings=LONGEST_PROMPT,
+            rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -110,7 +121,7 @@ def build_nano(texts: Iterable[str], frequent: Sequence[str], seed: int = 0) -> 
     )
     backbone = HuggingFaceBackbone(LlavaForConditionalGeneration(config), processor, identity="new")
     _set_positions(backbone)
-    _set_language_model(backbone)
+    _set_language_model(backbone, torch.Generator().manual_seed(seed))
     return backbone
 
 
@@ -135,7 +146,7 @@ def whiten_patches(backbone: HuggingFaceBackbone, pictures: Sequence[Image.Image
 
 @torch.no_grad()
 def balance_projector(backbone: HuggingFaceBackbone, pictures: Sequence[Image.Image]) -> None:
-    """Start the projector so that visual tokens are centred and spread like word embeddings.
+    """Start the projector so that visual tokens lie around the words' mean and spread like them.
 
     Projected at random they stand 28 times above the words, which then go unheard for hundreds of steps.
     """
@@ -149,17 +160,70 @@ def balance_projector(backbone: HuggingFaceBackbone, pictures: Sequence[Image.Im
     nn.init.zeros_(second.bias)
     tokens = backbone.project(vision_NVW)
     second.weight.mul_(EMBEDDING_SPREAD / (tokens - tokens.mean((0, 1))).square().mean().sqrt())
-    second.bias.copy_(-backbone.project(vision_NVW).mean((0, 1)))
+    words = backbone.language_model.get_input_embeddings().weight
+    second.bias.copy_(words.mean(0) - backbone.project(vision_NVW).mean((0, 1)))
 
 
 @torch.no_grad()
-def _set_language_model(backbone: HuggingFaceBackbone) -> None:
-    """Start with words that stand out and blocks that add nothing yet (zero output projections)."""
-    words = backbone.language_model.get_input_embeddings().weight
+def _set_language_model(backbone: HuggingFaceBackbone, generator: torch.Generator) -> None:
+    """Start with words that stand out, heads that look back, heads that match, and blocks that add nothing.
+
+    Repeating a name, and telling which one a picture had, both need a head that carries what stood before
+    a token and a head that finds it again (induction heads, Olsson et al. 2022, arXiv:2209.11895). Left to
+    chance, hundreds of thousands of episodes pass before the two meet; here they begin as such (compare
+    mimetic initialisation, Trockman and Kolter 2023, arXiv:2305.09828) and training takes it from there.
+    """
+    language_model = backbone.language_model
+    words = language_model.get_input_embeddings().weight
     words.mul_(EMBEDDING_SPREAD / words.std())
-    for layer in backbone.language_model.layers:
+    shared = torch.randn(words.shape[1], generator=generator)
+    words.add_(EMBEDDING_SPREAD * shared / shared.square().mean().sqrt())
+    for layer in language_model.layers:
         nn.init.zeros_(layer.self_attn.o_proj.weight)
         nn.init.zeros_(layer.mlp.down_proj.weight)
+    first, second = (layer.self_attn for layer in language_model.layers[:2])
+    nn.init.orthogonal_(first.v_proj.weight, generator=generator)
+    nn.init.orthogonal_(first.o_proj.weight, generator=generator)
+    first.o_proj.weight.mul_(EMBEDDING_SPREAD)
+    rates = language_model.rotary_emb.inv_freq
+    for head, distance in enumerate(LOOK_BACK):
+        _look_back(first, head, distance, shared, rates)
+    for head, (asks, holds) in enumerate(MATCHES):
+        _match(second, head, first, asks, holds)
+
+
+def _look_back(attention: Any, head: int, distance: int, shared: Tensor, rates: Tensor) -> None:
+    """Make a head attend to what stands `distance` before a token, by its rotary position alone.
+
+    Queries and keys are read off the component that all embeddings share; the rotations nearest to the
+    distance weigh most, so that a far look is a wide one.
+    """
+    weights = LOOK_STRENGTH * torch.exp(-torch.log(rates * distance).abs())
+    key = torch.cat([weights.sqrt(), torch.zeros_like(weights)])
+    turned = [weights.sqrt() * torch.cos(rates * distance), -weights.sqrt() * torch.sin(rates * distance)]
+    # Normalised, half of an embedding's square is the shared component.
+    reader = shared / shared.norm() / (len(shared) / 2) ** 0.5
+    rows = _rows_of(attention, head)
+    attention.q_proj.weight[rows] += torch.outer(torch.cat(turned), reader)
+    attention.k_proj.weight[rows] += torch.outer(key, reader)
+
+
+def _match(attention: Any, head: int, before: Any, asks: int | None, holds: int) -> None:
+    """Make a head find tokens whose head `holds` of the layer before saw what this token is (`asks` None)
+    or saw itself with head `asks`; only in the slow rotations, which distance leaves alone."""
+    seen = before.o_proj.weight[:, _rows_of(before, holds)].T / EMBEDDING_SPREAD
+    asked = before.v_proj.weight[_rows_of(before, holds)]
+    if asks is not None:
+        asked = before.o_proj.weight[:, _rows_of(before, asks)].T / EMBEDDING_SPREAD
+    rows = _rows_of(attention, head)
+    half = attention.head_dim // 2
+    slow = (torch.arange(2 * half) % half >= half // 2)[:, None]
+    attention.q_proj.weight[rows] += MATCH_STRENGTH * asked * slow
+    attention.k_proj.weight[rows] += MATCH_STRENGTH * seen * slow
+
+
+def _rows_of(attention: Any, head: int) -> slice:
+    return slice(head * attention.head_dim, (head + 1) * attention.head_dim)
 
 
 @torch.no_grad()
