@@ -120,7 +120,8 @@ def _fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> None:
     def fit() -> None:
         try:
             trainer.fit()
-        except BaseException as failure:  # noqa: BLE001 raised again by the thread that waits
+        except BaseException as failure:
+            # The thread that waits raises it again.
             failures.append(failure)
 
     # Ray Train takes Ctrl-C over in the main thread, also for the time after training, and then waits
@@ -177,14 +178,12 @@ class _Feed:
 
     def __init__(self, run: RunConfig, method: Method, materials: Materials) -> None:
         self._method, self._run = method, run
-        self._pictures = PictureStore(materials.pairs) if method.reads == "pictures" else None
         self._states: Lookup = ArrayStore(materials.states) if materials.states else {}
-        self._features: Lookup = {}
-        if materials.features is not None:
-            self._features = ArrayStore(materials.features)
-        elif method.reads == "episodes":
-            # Features that training itself changes are computed in the step, from pixels.
-            self._features = PixelStore(PictureStore(materials.pairs), method.backbone.pixels)
+        self._pixels: Lookup = {}
+        if method.reads == "pictures" or materials.features is None:
+            self._pixels = PixelStore(PictureStore(materials.pairs), method.backbone.pixels)
+        # Features that training itself changes are not kept: the method makes them, from pixels.
+        self._features = ArrayStore(materials.features) if materials.features else self._pixels
         self._rows = self._read_rows(materials)
         self._order = RowOrder(
             lambda epoch: method.epoch_order(self._rows, epoch, run.train.seed), run.train.global_batch
@@ -200,8 +199,8 @@ class _Feed:
 
     def _row(self, number: int, visit: int) -> Mapping[str, Any]:
         row = self._rows[number]
-        if self._pictures is not None:
-            return row | {"image": self._pictures.encoded(row["picture"]), "visit": visit}
+        if self._method.reads == "pictures":
+            return row | {"pixels": self._pixels[row["picture"]], "visit": visit}
         variants, kept = self._run.train.picture_variants, self._method.needs_states
         return vary_turns(row, visit, variants, query_only=kept)
 

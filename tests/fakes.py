@@ -22,6 +22,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.nano import build_nano
+from mmicl_core.config.data import CorpusConfig
+from mmicl_core.config.model import BackboneConfig
 from mmicl_core.data.names import SYLLABLES
 from mmicl_core.methods.base import Method
 
@@ -35,8 +37,10 @@ __all__ = [
     "metadata",
     "pair_rows",
     "random_vision",
+    "reading",
     "tiny_backbone",
     "write_corpus",
+    "write_materials",
     "write_tar",
 ]
 
@@ -80,6 +84,21 @@ def metadata(concept: str, style: str) -> dict[str, Any]:
         "style": style,
         "licence": "CC0-1.0",
         "source": "tests",
+    }
+
+
+def write_materials(folder: Path) -> Path:
+    """A tiny corpus and a tiny backbone in `folder`, which is given back; `reading` reads them."""
+    write_corpus(folder / "corpus")
+    tiny_backbone().save(folder / "backbone")
+    return folder
+
+
+def reading(folder: Path) -> dict[str, Any]:
+    """The sections of a run that reads what `write_materials` wrote."""
+    return {
+        "corpus": CorpusConfig(path=str(folder / "corpus")),
+        "backbone": BackboneConfig(path=str(folder / "backbone")),
     }
 
 

@@ -169,7 +169,8 @@ def load_backbone(
             folder, dtype=dtype, attn_implementation=attention
         )
         processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, SafetensorError) as error:
+    # ImportError: a library that `attention` needs is not installed.
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise BackboneError(f"{folder} cannot be loaded as an image-text-to-text model: {error}") from error
     return HuggingFaceBackbone(model.to(device), processor, identity=identity)
 

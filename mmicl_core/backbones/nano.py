@@ -49,9 +49,9 @@ ROPE_THETA = 1.0e6
 # Tokens that the heads of the first layer look back: the one before, a short answer, a picture's middle.
 LOOK_BACK = (1, 1, 2, 4, 8, 16, 16, 24)
 LOOK_STRENGTH = 45.0
-# For heads of the second layer, the heads of the first whose findings they compare: what this token is with
-# what stood before another, twice for each such head, and the pictures that both look back at.
-MATCHES = ((None, 0), (None, 0), (None, 1), (None, 1), (5, 5), (5, 5), (6, 6), (6, 6))
+# Heads of the first layer that heads of the second start from, two each: those that find what followed a
+# token before, and those that find where a like picture was looked back at.
+REPEATING, LIKENING = (0, 0, 1, 1), (5, 5, 6, 6)
 MATCH_STRENGTH = 1.5
 SLOWEST_TURN = 20.0
 
@@ -148,7 +148,7 @@ def whiten_patches(backbone: HuggingFaceBackbone, pictures: Sequence[Image.Image
 def balance_projector(backbone: HuggingFaceBackbone, pictures: Sequence[Image.Image]) -> None:
     """Start the projector so that visual tokens lie around the words' mean and spread like them.
 
-    Projected at random they stand 28 times above the words, which then go unheard for hundreds of steps.
+    By default their spread is 28 times that of the words.
     """
     vision_NVW = backbone.encode_pixels(backbone.pixels(pictures))
     first, second = backbone.projector.linear_1, backbone.projector.linear_2
@@ -170,8 +170,8 @@ def _set_language_model(backbone: HuggingFaceBackbone, generator: torch.Generato
 
     Repeating a name, and telling which one a picture had, both need a head that carries what stood before
     a token and a head that finds it again (induction heads, Olsson et al. 2022, arXiv:2209.11895). Left to
-    chance, hundreds of thousands of episodes pass before the two meet; here they begin as such (compare
-    mimetic initialisation, Trockman and Kolter 2023, arXiv:2305.09828) and training takes it from there.
+    chance, 45,000 episodes of names alone did not bring the two together; begun as such (compare mimetic
+    initialisation, Trockman and Kolter 2023, arXiv:2305.09828), 10,000 do.
     """
     language_model = backbone.language_model
     words = language_model.get_input_embeddings().weight
@@ -188,8 +188,10 @@ def _set_language_model(backbone: HuggingFaceBackbone, generator: torch.Generato
     rates = language_model.rotary_emb.inv_freq
     for head, distance in enumerate(LOOK_BACK):
         _look_back(first, head, distance, shared, rates)
-    for head, (asks, holds) in enumerate(MATCHES):
-        _match(second, head, first, asks, holds)
+    for head, before in enumerate((*REPEATING, *LIKENING)):
+        rows = _rows_of(first, before)
+        seen = first.o_proj.weight[:, rows].T / EMBEDDING_SPREAD
+        _match(second, head, first.v_proj.weight[rows] if head < len(REPEATING) else seen, seen)
 
 
 def _look_back(attention: Any, head: int, distance: int, shared: Tensor, rates: Tensor) -> None:
@@ -208,13 +210,11 @@ def _look_back(attention: Any, head: int, distance: int, shared: Tensor, rates: 
     attention.k_proj.weight[rows] += torch.outer(key, reader)
 
 
-def _match(attention: Any, head: int, before: Any, asks: int | None, holds: int) -> None:
-    """Make a head find tokens whose head `holds` of the layer before saw what this token is (`asks` None)
-    or saw itself with head `asks`; only in the slow rotations, which distance leaves alone."""
-    seen = before.o_proj.weight[:, _rows_of(before, holds)].T / EMBEDDING_SPREAD
-    asked = before.v_proj.weight[_rows_of(before, holds)]
-    if asks is not None:
-        asked = before.o_proj.weight[:, _rows_of(before, asks)].T / EMBEDDING_SPREAD
+def _match(attention: Any, head: int, asked: Tensor, seen: Tensor) -> None:
+    """Make a head find tokens whose reading by `seen` is like this one's by `asked`, both (head_dim, D).
+
+    Only in the slow rotations, which distance leaves alone.
+    """
     rows = _rows_of(attention, head)
     half = attention.head_dim // 2
     slow = (torch.arange(2 * half) % half >= half // 2)[:, None]

@@ -47,12 +47,12 @@ class TrainConfig(Config):
     """CPU threads of one worker's arithmetic, reserved in the cluster as CPUs."""
 
     autocast: bool = False
-    """Without a GPU, multiply matrices in bf16 and keep everything else in 32 bits: faster where the
-    processor multiplies bf16 in hardware (AMX), slower elsewhere. On a GPU training is in bf16 anyway."""
+    """Without a GPU, multiply matrices in bf16 and keep everything else in 32 bits: for processors that
+    multiply bf16 in hardware (AMX). On a GPU training is in bf16 anyway."""
 
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """The attention code of transformers that training runs; for prompts of a few hundred tokens on a CPU
-    `eager` takes less time."""
+    """The attention code of transformers that training runs; beside `autocast`, `eager` takes less time for
+    prompts of a few hundred tokens."""
 
     picture_variants: int = Field(default=1, ge=1)
     """Versions of each training picture whose features are computed once: the picture itself and

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 __all__ = ["VARIANT_MARK", "augment", "augment_versions", "variant_key", "vary_turns"]
 
-# Mild: a tower of few passes learns less from pictures that are changed more.
+# Mild: some drawings differ in details alone.
 TURN_RADIANS = 0.09
 SCALE = 0.07
 SHIFT = 0.04

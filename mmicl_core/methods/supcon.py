@@ -28,7 +28,6 @@ from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.config.model import SupConConfig
 from mmicl_core.data.augment import augment
 from mmicl_core.data.files import file_digest
-from mmicl_core.data.images import decode
 from mmicl_core.errors import CheckpointError
 from mmicl_core.methods.base import Lookup, Method, stack
 
@@ -61,7 +60,6 @@ class SupCon(Method):
         backbone.vision_tower.requires_grad_(requires_grad=True)
         width = backbone.vision_width
         self._config = config
-        self._pixels: dict[str, Tensor] = {}
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.embedding_width))
         if config.teacher is not None:
             self.student = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.teacher_width))
@@ -92,8 +90,8 @@ class SupCon(Method):
         return [number for run in runs for pair in run for number in pair]
 
     def collate(self, rows: Sequence[Mapping[str, Any]], features: Lookup, states: Lookup) -> SupConBatch:
-        """Pictures -> augmented pixels; `features` hold the teacher's view, if there is a teacher."""
-        pixels = torch.stack([self._prepared(row) for row in rows]).float()
+        """Prepared `pixels` of each row -> augmented ones; `features` hold the teacher's view, if any."""
+        pixels = torch.stack([torch.from_numpy(row["pixels"]) for row in rows])
         # A picture looks different at every visit, and the same at that visit in every run.
         generator = torch.Generator().manual_seed(hash(tuple(row["visit"] for row in rows)))
         numbers: dict[str, int] = {}
@@ -102,13 +100,6 @@ class SupCon(Method):
         if self._config.teacher is not None:
             teacher = stack(features, [row["picture"] for row in rows]).float()
         return SupConBatch(augment(pixels, generator), torch.tensor(concepts), teacher)
-
-    def _prepared(self, row: Mapping[str, Any]) -> Tensor:
-        # Decoding and resizing cost a fifth of a step on two cores; every epoch needs the same pixels.
-        key = row["picture"]
-        if key not in self._pixels:
-            self._pixels[key] = self.backbone.pixels([decode(row["image"])])[0].half()
-        return self._pixels[key]
 
     def forward(self, batch: SupConBatch) -> Tensor:
         """Contrastive loss of each picture, plus its distance from the teacher, (N,)."""

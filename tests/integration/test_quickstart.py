@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,8 @@ def _run(folder: Path) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def first(folder: Path) -> Iterator[tuple[str, str]]:
-    yield _run(folder)
+def first(folder: Path) -> tuple[str, str]:
+    return _run(folder)
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from mmicl_core.backbones.hugging_face import load_backbone
-from mmicl_core.config.data import CorpusConfig, EpisodeConfig, ShotStage
-from mmicl_core.config.model import AimConfig, BackboneConfig, LclConfig, MethodConfig
+from mmicl_core.config.data import EpisodeConfig, ShotStage
+from mmicl_core.config.model import AimConfig, LclConfig, MethodConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import TrainConfig
 from mmicl_core.data.store import ArrayStore
@@ -25,7 +25,7 @@ from pipelines.episodes import read_episodes
 from pipelines.materials import prepare
 from pipelines.stages import Stage, read_manifest
 from pipelines.train import METRICS_FILE, RESULT, train
-from tests.fakes import tiny_backbone, write_corpus
+from tests.fakes import reading, tiny_backbone, write_materials
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -36,20 +36,16 @@ BF16_LOSS = 0.02
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("train")
-    write_corpus(folder / "corpus")
-    tiny_backbone().save(folder / "backbone")
-    return folder
+    return write_materials(tmp_path_factory.mktemp("train"))
 
 
 def _run(folder: Path, method: MethodConfig, steps: int, workers: int) -> RunConfig:
     from_nothing = isinstance(method, LclConfig)
     return RunConfig(
-        corpus=CorpusConfig(path=str(folder / "corpus")),
+        **reading(folder),
         episodes=EpisodeConfig(
             stages=(ShotStage(episodes=6, min_shots=1, max_shots=2),), same_shots_in_a_row=2
         ),
-        backbone=BackboneConfig(path=str(folder / "backbone")),
         method=method,
         train=TrainConfig(
             steps=steps,

@@ -14,12 +14,12 @@ import numpy as np
 import psutil
 import pytest
 
-from mmicl_core.config.data import CorpusConfig, EpisodeConfig, ShotStage
-from mmicl_core.config.model import AimConfig, BackboneConfig
+from mmicl_core.config.data import EpisodeConfig, ShotStage
+from mmicl_core.config.model import AimConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import TrainConfig
 from pipelines.train import METRICS_FILE, train
-from tests.fakes import tiny_backbone, write_corpus
+from tests.fakes import reading, write_materials
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -30,13 +30,9 @@ POLL_SECONDS = 0.02
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    folder = tmp_path_factory.mktemp("chaos")
-    write_corpus(folder / "corpus")
-    tiny_backbone().save(folder / "backbone")
     return RunConfig(
-        corpus=CorpusConfig(path=str(folder / "corpus")),
+        **reading(write_materials(tmp_path_factory.mktemp("chaos"))),
         episodes=EpisodeConfig(stages=(ShotStage(episodes=6, min_shots=1, max_shots=2),)),
-        backbone=BackboneConfig(path=str(folder / "backbone")),
         method=AimConfig(),
         train=TrainConfig(
             steps=STEPS,

@@ -41,7 +41,7 @@ text = processor.apply_chat_template(messages, add_generation_prompt=True)
 picture = Image.new("RGB", (72, 72), "red")
 inputs = processor(images=[picture], text=text, return_tensors="pt", add_special_tokens=False)
 ids = model.float().generate(**inputs, max_new_tokens=8)
-assert ids.shape[1] > inputs["input_ids"].shape[1]
+print(ids.shape[1] - inputs["input_ids"].shape[1])
 assert not [name for name in sys.modules if name.partition(".")[0] in ("mmicl_core", "pipelines")]
 """
 
@@ -66,12 +66,15 @@ def test_nano_is_small_16_bit_and_reads_enough_visual_tokens(nano):
 
 
 def test_nano_is_loaded_and_generates_with_nothing_of_ours_imported(tmp_path):
-    subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-c", STOCK_ONLY, str(NANO)],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": ""},
-        check=True,
+        capture_output=True,
+        text=True,
     )
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout) > 0, "it said nothing"
 
 
 def test_aggregator_is_of_a_few_hundred_kilobytes_and_fits_nano(aggregator, nano):

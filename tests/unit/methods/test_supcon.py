@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 from mmicl_core.config.model import SupConConfig
 from mmicl_core.errors import CheckpointError
 from mmicl_core.methods.supcon import SupCon, SupConBatch, load_vision_tower
-from tests.fakes import PlainEngine, draw_picture, encode_picture, pair_rows, tiny_backbone
+from tests.fakes import PlainEngine, draw_picture, pair_rows, tiny_backbone
 
 CONCEPTS = [f"cat-{number}" for number in range(5)] + [f"cup-{number}" for number in range(5)]
 STYLES = ("ink", "chalk", "oil", "clay", "wool")
@@ -25,9 +27,14 @@ def _method(**settings: Any) -> SupCon:
 def _rows() -> list[dict[str, Any]]:
     rows = pair_rows(CONCEPTS, STYLES)
     for number, row in enumerate(rows):
-        picture = encode_picture(draw_picture(number))
-        row |= {"subcategory": row["concept"][:3], "image": picture, "visit": number}
+        row |= {"subcategory": row["concept"][:3], "pixels": _pixels()[number], "visit": number}
     return rows
+
+
+@cache
+def _pixels() -> np.ndarray:
+    pictures = [draw_picture(number) for number in range(len(CONCEPTS) * len(STYLES))]
+    return tiny_backbone().pixels(pictures).numpy()
 
 
 def _pairs(order: list[int]) -> list[tuple[int, int]]:
