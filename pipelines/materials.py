@@ -10,7 +10,8 @@ from PIL import Image
 
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, backbone_identity, load_backbone
-from mmicl_core.backbones.nano import balance_projector, build_nano, whiten_patches
+from mmicl_core.backbones.induction import start_projector
+from mmicl_core.backbones.nano import build_nano, whiten_patches
 from mmicl_core.config.model import BackboneConfig, LclConfig, SupConConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.data.episodes import DESCRIBE_QUESTION, NAME_QUESTION
@@ -74,7 +75,7 @@ def prepare(run: RunConfig, root: Path) -> Materials:
     # A demonstration whose states are known is never looked at again; its query is.
     turns = [turn for row in rows for turn in (row["turns"][-1:] if states else row["turns"])]
     variants = run.train.picture_variants
-    seen = sorted({turn["picture"] for turn in turns if turn["picture"] is not None})
+    seen = sorted({turn["picture"] for turn in turns})
     features = encode_pictures(pairs, backbone, seen, variants, root).folder
     return Materials(backbone, pairs.folder, corpus, episodes.folder, features, states)
 
@@ -98,7 +99,7 @@ def open_backbone(config: BackboneConfig, pairs: Stage, split: Split, root: Path
         if config.vision_tower is not None:
             load_vision_tower(resolve(config.vision_tower), backbone)
         if is_new:
-            balance_projector(backbone, pictures)
+            start_projector(backbone, pictures, seed=0)
         backbone.save(folder)
         return {"parameters": sum(parameter.numel() for parameter in backbone.parameters())}
 

@@ -32,10 +32,6 @@ class ShotStage(Config):
     max_shots: int = Field(default=4, ge=1, le=64)
     """Most demonstrations of each class; the number is drawn evenly between both."""
 
-    pictures: bool = True
-    """Whether turns have their pictures. Without them nothing tells which of the two names is right, but
-    a model trained from nothing learns to repeat names that it was told, at a fraction of the cost."""
-
     @model_validator(mode="after")
     def _range_is_not_empty(self) -> Self:
         if self.min_shots > self.max_shots:

@@ -40,16 +40,6 @@ class RunConfig(Config):
             )
         return self
 
-    @model_validator(mode="after")
-    def _demonstrations_have_pictures(self) -> Self:
-        blank = [number for number, stage in enumerate(self.episodes.stages) if not stage.pictures]
-        if blank and self.method.type == "aim":
-            raise ValueError(
-                f"episodes.stages.{blank[0]}.pictures is false, but method aim fuses demonstrations with "
-                "their pictures: leave it true, or train with method lcl"
-            )
-        return self
-
 
 def load_run(recipe: Path | None = None, overrides: dict[str, Any] | None = None) -> RunConfig:
     """Read a recipe, or the defaults where there is none, and lay `overrides` (nested alike) over it.

@@ -65,7 +65,7 @@ def variant_key(picture: str, variant: int) -> str:
 def vary_turns(
     row: Mapping[str, Any], visit: int, variants: int, *, query_only: bool = False
 ) -> dict[str, Any]:
-    """An EPISODE row whose turns name versions of their pictures, if any, drawn by the number of the visit.
+    """An EPISODE row whose turns name versions of their pictures, drawn by the number of the visit.
 
     Args:
         query_only: leave the demonstrations as they are, because their states are kept for the pictures
@@ -73,8 +73,7 @@ def vary_turns(
     """
     rng = random.Random(f"variants/{visit}")
     turns = [
-        turn | {"picture": turn["picture"] and variant_key(turn["picture"], rng.randrange(variants))}
-        for turn in row["turns"]
+        turn | {"picture": variant_key(turn["picture"], rng.randrange(variants))} for turn in row["turns"]
     ]
     if query_only:
         turns[:-1] = row["turns"][:-1]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mmicl_core.config.data import EpisodeConfig, Part, ShotStage
+from mmicl_core.config.data import EpisodeConfig, Part
 from mmicl_core.data.names import made_up_names
 from mmicl_core.data.neighbours import Concept, draw_weights, rank_neighbours
 from mmicl_core.data.splits import Split
@@ -82,8 +82,8 @@ def build_pool(pairs: Iterable[Mapping[str, Any]], split: Split, part: Part, nei
 def draw_episode(number: int, pool: Pool, config: EpisodeConfig) -> dict[str, Any] | str:
     """Draw episode `number`: an EPISODE row, or the reason why it cannot be had."""
     rng = random.Random(f"{config.seed}/{number}")
-    stage, shots = _place(number, config)
-    if rng.random() < config.caption_share and stage.pictures:
+    shots = _shots(number, config)
+    if rng.random() < config.caption_share:
         return _caption_episode(number, shots, pool, rng)
     able = [concept for concept in pool.concepts if pool.can_show(concept, shots)]
     if len(able) < 2:
@@ -97,20 +97,16 @@ def draw_episode(number: int, pool: Pool, config: EpisodeConfig) -> dict[str, An
         negative = rng.choices(candidates, draw_weights(len(candidates)))[0]
     else:
         negative = rng.choice([concept for concept in able if concept != anchor])
-    row = _link_episode(number, shots, (anchor, negative), pool, config, rng)
-    if not stage.pictures:
-        row["turns"] = [turn | {"picture": None} for turn in row["turns"]]
-    return row
+    return _link_episode(number, shots, (anchor, negative), pool, config, rng)
 
 
-def _place(number: int, config: EpisodeConfig) -> tuple[ShotStage, int]:
-    """The stage of an episode and its shots."""
+def _shots(number: int, config: EpisodeConfig) -> int:
     first = 0
     for stage in config.stages:
         if number < first + stage.episodes:
             row = (number - first) // config.same_shots_in_a_row
             rng = random.Random(f"{config.seed}/shots/{first}/{row}")
-            return stage, rng.randint(stage.min_shots, stage.max_shots)
+            return rng.randint(stage.min_shots, stage.max_shots)
         first += stage.episodes
     raise AssertionError(f"episode {number} is beyond the {first} of all stages")
 

@@ -20,7 +20,7 @@ EPISODE, one prompt that teaches two names and asks for one of them:
 | `task` | `link` for made-up names, `caption` for true ones |
 | `shots` | demonstrations of each class |
 | `concepts`, `names` | the two classes, and what the episode calls them |
-| `turns` | pictures (or none) with question and answer, the query last; `scored` where the loss counts |
+| `turns` | pictures with question and answer, the query last; `scored` where the loss counts |
 | `answer`, `other` | the right name for the query, and the wrong one |
 """
 

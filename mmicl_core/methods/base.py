@@ -92,9 +92,8 @@ def episode_turns(row: Mapping[str, Any]) -> list[Turn]:
 
 
 def stack(features: Lookup, keys: Sequence[str | None]) -> Tensor:
-    """Look the features of pictures up, (N, V, W); turns without a picture (None) have none."""
-    found = [features[key] for key in keys if key is not None]
-    return torch.from_numpy(np.stack(found)) if found else torch.empty(0)
+    """Look N pictures up: (N, V, W)."""
+    return torch.from_numpy(np.stack([features[str(key)] for key in keys]))
 
 
 def prompt_embeddings(

@@ -69,9 +69,7 @@ class Lcl(Method):
     def forward(self, batch: LclBatch) -> Tensor:
         """Negative log-likelihood of the scored answer tokens."""
         packed = batch.packed.to(self.backbone.device)
-        vision_NVW = batch.pictures
-        if self._trains_tower and len(vision_NVW):
-            vision_NVW = self.backbone.tower_states(vision_NVW)
+        vision_NVW = self.backbone.tower_states(batch.pictures) if self._trains_tower else batch.pictures
         embeds_BLD = prompt_embeddings(self.backbone, packed, vision_NVW)
         return answer_nll(self.backbone, embeds_BLD, packed)
 

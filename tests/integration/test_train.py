@@ -172,16 +172,6 @@ def test_language_model_and_tower_train_together_from_pixels(folder: Path) -> No
     assert all(not torch.equal(trained[name], start[name]) for name in start if "position" not in name)
 
 
-def test_episodes_without_pictures_train_all_but_what_reads_pictures(folder: Path) -> None:
-    run = _run(folder, LclConfig(), 4, workers=2)
-    stages = (ShotStage(episodes=8, min_shots=2, max_shots=2, pictures=False),)
-    run = run.model_copy(update={"episodes": EpisodeConfig(stages=stages, same_shots_in_a_row=4)})
-    trained = _weights(train(run, folder / "run").folder)
-    start = _weights_at_the_start(folder, LclConfig())
-    moved = {name for name in start if not torch.equal(trained[name], start[name])}
-    assert moved == {name for name in start if name.startswith(("model.language_model", "lm_head"))}
-
-
 def test_features_hold_both_versions_of_every_query_and_the_states_of_every_demonstration(
     folder: Path,
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, load_backbone
-from mmicl_core.backbones.nano import LOOK_BACK, PATCH_PIXELS, balance_projector, build_nano, whiten_patches
+from mmicl_core.backbones.nano import PATCH_PIXELS, build_nano, whiten_patches
 from mmicl_core.data.collate import pack
 from mmicl_core.data.names import SYLLABLES
 from mmicl_core.methods.base import prompt_embeddings
@@ -95,45 +95,6 @@ def test_whitened_patches_differ_alike_in_every_direction() -> None:
     # Blocks of one colour differ in a few dozen directions; those are compared.
     assert before[0] / before[19] > 5
     assert after[0] / after[19] < 2
-
-
-def test_visual_tokens_begin_centred_and_spread_like_words() -> None:
-    backbone = build_nano(TEXTS, [*SYLLABLES])
-    pictures = [draw_picture(number) for number in range(40)]
-    balance_projector(backbone, pictures)
-    with torch.no_grad():
-        tokens = backbone.project(backbone.encode_pixels(backbone.pixels(pictures)))
-    words = backbone.language_model.get_input_embeddings().weight
-    torch.testing.assert_close(tokens.mean((0, 1)), words.mean(0), rtol=0, atol=1e-4)
-    spread = [(rows - rows.mean(0)).std() for rows in (tokens.flatten(0, 1), words)]
-    torch.testing.assert_close(*spread, rtol=0.02, atol=0)
-
-
-def _attention_at_the_start(nano: HuggingFaceBackbone, ids: list[int]) -> tuple[torch.Tensor, ...]:
-    """Attention of each layer from the last token, (heads, tokens)."""
-    nano.model.set_attn_implementation("eager")
-    with torch.no_grad():
-        output = nano.language_model(inputs_embeds=nano.embed(torch.tensor([ids])), output_attentions=True)
-    return tuple(layer[0, :, -1] for layer in output.attentions)
-
-
-def test_heads_of_the_first_layer_begin_by_looking_back_whatever_they_read(nano: HuggingFaceBackbone) -> None:
-    ids = torch.randint(280, 320, (60,), generator=torch.Generator().manual_seed(0)).tolist()
-    looks = _attention_at_the_start(nano, ids)[0].flip(1)
-    for head, distance in enumerate(LOOK_BACK):
-        assert abs(int(looks[head].argmax()) - distance) <= distance / 3
-        assert float(looks[head, distance // 2 : 2 * distance + 1].sum()) > 0.6
-
-
-def test_heads_of_the_second_layer_begin_by_finding_what_followed_a_token_before(
-    nano: HuggingFaceBackbone,
-) -> None:
-    words = list(range(280, 320))
-    found = []
-    for number in range(5, 35):
-        finds = _attention_at_the_start(nano, [*words, words[number]])[1]
-        found.append(finds[:4, number + 1].mean())
-    assert float(torch.stack(found).mean()) > 2 / len(words)
 
 
 def _spread_of_patches(backbone: HuggingFaceBackbone, pictures: list[Image.Image]) -> torch.Tensor:

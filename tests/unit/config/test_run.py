@@ -126,10 +126,3 @@ def test_fused_condition_without_an_aggregator_is_refused():
     with pytest.raises(ValidationError, match="aggregator is None"):
         RunConfig.model_validate({"evaluate": {"aggregator": None}})
     RunConfig.model_validate({"evaluate": {"aggregator": None, "conditions": ["full"]}})
-
-
-def test_demonstrations_without_pictures_are_refused_where_they_are_to_be_fused():
-    blank = {"stages": [{"episodes": 4}, {"episodes": 4, "pictures": False}]}
-    with pytest.raises(ValidationError, match=r"episodes\.stages\.1\.pictures is false"):
-        RunConfig.model_validate({"episodes": blank})
-    RunConfig.model_validate({"episodes": blank, "method": {"type": "lcl"}})

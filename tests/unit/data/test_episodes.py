@@ -219,21 +219,3 @@ def test_caption_episode_tells_the_truth_about_as_many_pictures_as_a_link_episod
             assert described == (concept.subcategory in turn["answer"].removeprefix(concept.name))
             questions.add(turn["question"])
     assert questions == {"Name it:", "Describe it:"}
-
-
-def test_stage_without_pictures_asks_the_same_and_shows_none() -> None:
-    def config(*, pictures: bool) -> EpisodeConfig:
-        stage = ShotStage(episodes=100, min_shots=2, max_shots=2, pictures=pictures)
-        return EpisodeConfig(stages=(stage,))
-
-    shown, blank = (_draw(_pool(), config(pictures=pictures), 20) for pictures in (True, False))
-    assert len(shown) == len(blank) == 20
-    for one, other in zip(shown, blank, strict=True):
-        assert [turn["picture"] for turn in other["turns"]] == [None] * 5
-        assert [turn["answer"] for turn in other["turns"]] == [turn["answer"] for turn in one["turns"]]
-
-
-def test_stage_without_pictures_asks_for_no_true_name_that_only_a_picture_tells() -> None:
-    stage = ShotStage(episodes=100, min_shots=1, max_shots=1, pictures=False)
-    drawn = _draw(_pool(), EpisodeConfig(stages=(stage,), caption_share=1.0), 20)
-    assert {episode["task"] for episode in drawn} == {"link"}
