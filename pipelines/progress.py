@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 __all__ = ["Counter", "counting"]
 
@@ -32,17 +33,40 @@ class Counter(Protocol):
     add: Any
     """`add.remote(count, note)`."""
 
+    resume: Any
+    """`resume.remote(count)`: so much was done before, by an earlier run or before a failure."""
+
+
+@dataclass(frozen=True)
+class _Count:
+    done: int
+    note: str
+    here: int
+    """Of what is done, how much in `seconds`: what was done before says nothing about the speed."""
+    seconds: float
+
+    def time_left(self, total: int) -> str:
+        if not self.here:
+            return "unknown time"
+        return f"{self.seconds * max(total - self.done, 0) / self.here:.0f} s"
+
 
 @ray.remote(num_cpus=0)
 class _Counter:
     def __init__(self) -> None:
-        self._done, self._note = 0, ""
+        self._note = ""
+        self.resume(0)
+
+    def resume(self, count: int) -> None:
+        self._done = self._before = count
+        self._since = time.monotonic()
 
     def add(self, count: int, note: str = "") -> None:
         self._done, self._note = self._done + count, note or self._note
 
-    def read(self) -> tuple[int, str]:
-        return self._done, self._note
+    def read(self) -> _Count:
+        here, seconds = self._done - self._before, time.monotonic() - self._since
+        return _Count(self._done, self._note, here, seconds)
 
 
 @contextmanager
@@ -66,16 +90,15 @@ def _show_bar(title: str, total: int, counter: Any, done: threading.Event) -> No
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[left]} left {task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        bar = bars.add_task(title, total=total, note="")
-        while not done.wait(POLL_SECONDS):
-            count, note = ray.get(counter.read.remote())
-            bars.update(bar, completed=min(count, total), note=note)
-        count, note = ray.get(counter.read.remote())
-        bars.update(bar, completed=min(count, total), note=note)
+        bar = bars.add_task(title, total=total, note="", left="unknown time")
+        ended = False
+        while not ended:
+            ended = done.wait(POLL_SECONDS)
+            count = ray.get(counter.read.remote())
+            bars.update(bar, completed=min(count.done, total), note=count.note, left=count.time_left(total))
 
 
 def _show_lines(title: str, total: int, counter: Any, done: threading.Event) -> None:
@@ -85,7 +108,6 @@ def _show_lines(title: str, total: int, counter: Any, done: threading.Event) -> 
         if time.monotonic() - last < LINE_SECONDS:
             continue
         last = time.monotonic()
-        count, note = ray.get(counter.read.remote())
-        left = f"{(last - start) * (total - count) / count:.0f}" if count else "unknown"
-        log.info(f"{title}: {count} of {total}, {left} s left {note}".rstrip())
+        count = ray.get(counter.read.remote())
+        log.info(f"{title}: {min(count.done, total)} of {total}, {count.time_left(total)} left {count.note}".rstrip())
     log.info(f"{title}: {time.monotonic() - start:.0f} s")

@@ -223,7 +223,7 @@ class _Journal:
             old = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
             kept = [line for line in old if json.loads(line)["step"] <= first]
             write_atomic(self._path, "".join(line + "\n" for line in kept))
-            ray.get(counter.add.remote(first))
+            ray.get(counter.resume.remote(first))
 
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Keep what is known once the engine stands."""
