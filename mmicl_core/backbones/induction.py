@@ -2,7 +2,7 @@
 
 Following demonstrations takes two layers of attention (induction heads, Olsson et al. 2022,
 arXiv:2209.11895): one writes to each token what stood before it, the next finds a token before which the
-same stood. Left to chance, 60,000 episodes did not bring the two together. Begun as such (compare mimetic
+same stood. Left to chance, 16,000 episodes did not bring the two together. Begun as such (compare mimetic
 initialisation, Trockman and Kolter 2023, arXiv:2305.09828) the model names half of its queries before
 its first step, and training refines what is there. Nothing here is frozen or fixed; concepts and names
 are unknown to it.
