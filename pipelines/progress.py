@@ -109,5 +109,6 @@ def _show_lines(title: str, total: int, counter: Any, done: threading.Event) -> 
             continue
         last = time.monotonic()
         count = ray.get(counter.read.remote())
-        log.info(f"{title}: {min(count.done, total)} of {total}, {count.time_left(total)} left {count.note}".rstrip())
+        told = f"{title}: {min(count.done, total)} of {total}, {count.time_left(total)} left {count.note}"
+        log.info(told.rstrip())
     log.info(f"{title}: {time.monotonic() - start:.0f} s")
