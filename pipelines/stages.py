@@ -19,7 +19,7 @@ log = logging.getLogger("mmicl")
 
 MANIFEST_FILE = "_manifest.json"
 CONFIG_FILE = "_config.json"
-VERSION = 5
+VERSION = 6
 
 
 class Stage:

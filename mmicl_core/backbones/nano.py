@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
-from mmicl_core.backbones.induction import start_language_model
+from mmicl_core.backbones.induction import HEADS, WIDTH, start_language_model
 
 __all__ = ["build_nano", "whiten_patches"]
 
@@ -80,11 +80,11 @@ def build_nano(texts: Iterable[str], frequent: Sequence[str], seed: int = 0) -> 
         ),
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=256,
+            hidden_size=WIDTH,
             intermediate_size=688,
             num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=8,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
             max_position_embeddings=LONGEST_PROMPT,
             rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
             tie_word_embeddings=True,
