@@ -167,7 +167,8 @@ class Aim(Method):
         """Negative log-likelihood of the queries' answer tokens."""
         lengths = [len(state) for state in batch.states_TD]
         device, dtype = self.backbone.device, self.backbone.dtype
-        states = torch.cat(batch.states_TD).to(device, dtype)
+        # States are kept in 16 bits, which autocast on a CPU cannot join.
+        states = torch.cat([state.to(device, dtype) for state in batch.states_TD])
         fused_TD = self.aggregator(states).split(lengths)
         packed = batch.packed.to(device)
         embeds_BLD = prompt_embeddings(self.backbone, packed, batch.vision_NVW, fused_TD)
