@@ -29,7 +29,7 @@ from tests.fakes import reading, tiny_backbone, write_materials
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-STEPS, STOPPED_AT = 24, 12
+STEPS, STOPPED_AT = 20, 12
 RESUMED_LOSS = 2e-4
 BF16_LOSS = 0.02
 
@@ -147,8 +147,9 @@ def test_run_stopped_and_resumed_on_one_worker_ends_like_an_uninterrupted_one(
     shutil.copytree(stopped, root / f"{_stage(long, root).folder.name}.work")
     resumed = train(long, root).folder
     assert read_manifest(resumed)["world_size"] == 1
-    # Gradients are summed in another order, and 24 steps pass the last bits of 32 on. Without the
-    # moments of the checkpoint, losses after the stop differ by more than 0.01.
+    # Gradients are summed in another order, and Muon, which multiplies in bf16, doubles what that makes
+    # with every step or two: eight steps after the stop it is 1e-4. Without the moments of the checkpoint,
+    # losses after the stop differ by more than 0.01.
     np.testing.assert_allclose(_losses(resumed), _losses(uninterrupted), rtol=RESUMED_LOSS)
 
 
