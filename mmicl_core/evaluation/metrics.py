@@ -25,4 +25,5 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     centre = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # At no success, or nothing but success, one bound is the share itself, which rounding would miss.
+    return min(share, max(0.0, (centre - spread) / scale)), max(share, min(1.0, (centre + spread) / scale))

@@ -29,10 +29,12 @@ def test_wilson_interval_agrees_with_a_worked_example() -> None:
     assert high == pytest.approx(0.8881, abs=1e-4)
 
 
-@pytest.mark.parametrize("successes", [0, 7, 200])
-def test_wilson_interval_holds_the_share_and_stays_between_zero_and_one(successes: int) -> None:
-    low, high = wilson_interval(successes, 200)
-    assert 0 <= low <= successes / 200 <= high <= 1
+@pytest.mark.parametrize("trials", [1, 8, 200, 1000])
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_wilson_interval_holds_the_share_and_stays_between_zero_and_one(trials: int, share: float) -> None:
+    successes = int(share * trials)
+    low, high = wilson_interval(successes, trials)
+    assert 0 <= low <= successes / trials <= high <= 1
 
 
 def test_wilson_interval_narrows_with_more_trials() -> None:
