@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DEFAULTS", "cluster", "prepare_process", "quieten"]
+__all__ = ["DEFAULTS", "cluster", "prepare_process", "quieten", "ray_outlives_the_program"]
 
 DEFAULTS: Mapping[str, str] = {
     # Forked after first use, tokenizers warn and go single-threaded; Ray gives the parallelism here.
@@ -112,6 +112,11 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
         ray.shutdown()
 
 
+def ray_outlives_the_program() -> bool:
+    """Whether what is left on Ray goes on after this program: it is a cluster that others use too."""
+    return RAY_ADDRESS in os.environ
+
+
 def quieten(*, verbose: bool = False) -> None:
     """Let libraries say only what needs attention, unless everything is asked for."""
     for name, level in () if verbose else NOISY_LOGGERS.items():
@@ -125,7 +130,7 @@ def _connect(*, verbose: bool) -> None:
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.WARNING,
     }
-    if RAY_ADDRESS in os.environ:
+    if ray_outlives_the_program():
         ray.init(runtime_env={"env_vars": _worker_environment()}, **output)
         return
     # A local Ray inherits the environment of this process; a runtime environment would say the same

@@ -15,10 +15,10 @@ from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import backbone_identity, load_for_inference
 from mmicl_core.config.data import EpisodeConfig, ShotStage
 from mmicl_core.config.run import RunConfig
-from mmicl_core.config.train import EvaluateConfig
-from mmicl_core.data.pictures import PictureStore
+from mmicl_core.config.train import Condition, EvaluateConfig
+from mmicl_core.data.pictures import PictureStore, read_metadata
 from mmicl_core.data.splits import Split
-from mmicl_core.evaluation.metrics import names_only, wilson_interval
+from mmicl_core.evaluation.metrics import names_exactly, names_only, wilson_interval
 from mmicl_core.evaluation.naming import NamingTask
 from mmicl_core.methods.aim import Aggregator, aggregator_identity
 from mmicl_core.methods.base import episode_turns
@@ -51,7 +51,7 @@ def evaluate(run: RunConfig, root: Path) -> list[dict[str, Any]]:
 
 
 def evaluation_episodes(pairs: Stage, split: Split, run: RunConfig, shots: int, root: Path) -> Stage:
-    """Held-out episodes, all with hard negatives and the question that training used first."""
+    """Episodes of the part asked about, all with hard negatives and the question that training used first."""
     config = EpisodeConfig(
         part=run.evaluate.part,
         stages=(ShotStage(episodes=run.evaluate.queries, min_shots=shots, max_shots=shots),),
@@ -137,6 +137,7 @@ class _Answerer:
         loaded = Aggregator.load(aggregator, self._backbone) if aggregator else None
         self._task = NamingTask(self._backbone, loaded, config.max_new_tokens)
         self._pictures, self._episodes = PictureStore(pairs), read_episodes(episodes)
+        self._true_names = {row["concept"]: row["name"] for row in read_metadata(pairs)}
         self._config, self._counter = config, counter
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -154,12 +155,21 @@ class _Answerer:
                         "episode": episode["episode"],
                         "condition": condition,
                         "answer": answer,
-                        "expected": episode["answer"],
-                        "other": episode["other"],
-                        "right": names_only(answer, episode["answer"], episode["other"]),
+                        **self._scored(episode, condition, answer),
                         "tokens_full": sum(full for full, _ in costs) / len(costs),
                         "tokens_fused": sum(fused for _, fused in costs) / len(costs),
                     }
                 )
             ray.get(self._counter.add.remote(len(episodes)))
         return pa.Table.from_pylist(rows)
+
+    def _scored(self, episode: dict[str, Any], condition: Condition, answer: str) -> dict[str, Any]:
+        expected, other = episode["answer"], episode["other"]
+        if condition != "true_name":
+            return {"expected": expected, "other": other, "right": names_only(answer, expected, other)}
+        true_names = {
+            name: self._true_names[concept]
+            for name, concept in zip(episode["names"], episode["concepts"], strict=True)
+        }
+        right = names_exactly(answer, true_names[expected])
+        return {"expected": true_names[expected], "other": true_names[other], "right": right}

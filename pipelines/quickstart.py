@@ -116,7 +116,7 @@ def _serve_and_ask(
     """Start the server, register the demonstrations, ask with the pack and with the full turns."""
     serve = run.serve.model_copy(
         update={
-            "aggregator": SHIPPED_AGGREGATOR,
+            "aggregator": str((trained.folder / RESULT).absolute()),
             "bank": str((root / "bank").absolute()),
             "port": _free_port(),
         }

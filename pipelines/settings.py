@@ -1,6 +1,6 @@
 """The settings of a run from the command line: a recipe, and flags that override single values.
 
-    mmicl train --recipe nano_3_aim --train.steps 200 --method.layer_norm false
+    mmicl train --recipe nano_4_aim --train.steps 200 --method.layer_norm false
 
 Every setting of `RunConfig` is a flag, made from its type and docstring by pydantic-settings.
 """

@@ -7,8 +7,11 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from mmicl_core.config.base import Config
+from mmicl_core.config.data import Part
 
-__all__ = ["EvaluateConfig", "TrainConfig"]
+__all__ = ["Condition", "EvaluateConfig", "TrainConfig"]
+
+Condition = Literal["zero_shot", "full", "fused", "swapped", "true_name"]
 
 
 class TrainConfig(Config):
@@ -78,7 +81,7 @@ class TrainConfig(Config):
 
 
 class EvaluateConfig(Config):
-    """Naming held-out concepts from demonstrations."""
+    """Naming concepts from demonstrations."""
 
     queries: int = Field(default=200, ge=1)
     """Episodes asked."""
@@ -86,16 +89,12 @@ class EvaluateConfig(Config):
     shots_per_class: tuple[int, ...] = (4,)
     """Demonstrations of each class; one table row for each number."""
 
-    part: Literal["held_out_concepts", "held_out_style"] = "held_out_concepts"
+    part: Part = "held_out_concepts"
     """Pictures that the queries come from."""
 
-    conditions: tuple[Literal["zero_shot", "full", "fused", "swapped"], ...] = (
-        "zero_shot",
-        "full",
-        "fused",
-        "swapped",
-    )
-    """What the model is shown: nothing, full demonstrations, fused ones, or names swapped."""
+    conditions: tuple[Condition, ...] = ("zero_shot", "full", "fused", "swapped")
+    """What the model is shown: nothing, full demonstrations, fused ones, or names swapped; `true_name`
+    shows nothing and asks what the model knows the picture as."""
 
     aggregator: str | None = "embedded:nano_aim"
     """Folder of the aggregator behind `fused`."""

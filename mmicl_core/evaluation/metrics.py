@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
-__all__ = ["names_only", "wilson_interval"]
+__all__ = ["names_exactly", "names_only", "wilson_interval"]
 
 
 def names_only(answer: str, right: str, other: str) -> bool:
@@ -15,6 +15,14 @@ def names_only(answer: str, right: str, other: str) -> bool:
     """
     said = answer.lower()
     return right.lower() in said and other.lower() not in said
+
+
+def names_exactly(answer: str, right: str) -> bool:
+    """Whether an answer is the right name and nothing else; case does not count.
+
+    True names contain one another ("cat", "cat face"), so that containing is not enough.
+    """
+    return answer.strip().lower() == right.lower()
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:

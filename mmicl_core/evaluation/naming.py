@@ -6,27 +6,29 @@ Conditions, on the same queries:
     fused       demonstrations as an aggregator's virtual tokens; the query keeps its picture
     swapped     as `full`, with the two names exchanged; scored against the unchanged names, so a model
                 that follows its demonstrations scores low
+    true_name   the query's picture alone, asked for the name that its concept has: what the model knows
+                without being shown
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
+from mmicl_core.config.train import Condition
 from mmicl_core.data.collate import pack
+from mmicl_core.data.episodes import NAME_QUESTION
 from mmicl_core.methods.aim import Aggregator, fused_prompt, read_demonstrations
 from mmicl_core.methods.base import episode_turns, prompt_embeddings
 from mmicl_core.methods.lcl import full_prompt
 from mmicl_core.prompts import ChatFormat, Turn, count_tokens
 
-__all__ = ["Condition", "NamingTask"]
-
-Condition = Literal["zero_shot", "full", "fused", "swapped"]
+__all__ = ["NamingTask"]
 
 
 class NamingTask:
@@ -59,6 +61,8 @@ class NamingTask:
             return self._answer_fused(conversations, vision)
         if condition == "zero_shot":
             conversations = [([], query) for _, query in conversations]
+        if condition == "true_name":
+            conversations = [([], replace(query, question=NAME_QUESTION)) for _, query in conversations]
         prompts = [full_prompt(self._chat, [*shown, query]) for shown, query in conversations]
         pictures = [turn.picture for shown, query in conversations for turn in (*shown, query)]
         return self._generate(prompts, torch.stack([vision[str(key)] for key in pictures]))

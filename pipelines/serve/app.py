@@ -25,6 +25,7 @@ from mmicl_core.assets import resolve
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.serve import ServeConfig
 from mmicl_core.errors import ConfigError
+from pipelines.environment import ray_outlives_the_program
 from pipelines.serve.compressor import Compressor
 from pipelines.serve.generator import Generator
 from pipelines.serve.ingress import Ingress
@@ -101,10 +102,14 @@ def start(run: RunConfig) -> str:
 
 
 def stop() -> None:
-    """Stop the server, and Ray Serve itself where nothing else runs on it."""
+    """Stop the server, and Ray Serve itself where nothing else runs on it.
+
+    A Ray that ends with this program takes its Serve along: ended before, Serve's controller dies while
+    it is waited for, and Ray prints to stdout that a task has failed.
+    """
     if APPLICATION in serve.status().applications:
         serve.delete(APPLICATION)
-    if not serve.status().applications:
+    if ray_outlives_the_program() and not serve.status().applications:
         serve.shutdown()
 
 

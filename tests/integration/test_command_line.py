@@ -6,10 +6,11 @@ import json
 import signal
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.commands import Command
-from tests.fakes import write_corpus
+from tests.fakes import TINY_HELD_OUT, pair_rows, write_corpus
 
 SMALL = [
     "--episodes.stages",
@@ -36,6 +37,20 @@ def test_episodes_verb_prints_its_manifest_and_leaves_no_process(corpus, tmp_pat
             line.startswith(("Reading the corpus: ", "Drawing train episodes: ")) for line in err.splitlines()
         )
         command.wait_until_nothing_is_left()
+
+
+def test_evaluate_verb_asks_what_the_model_knows_a_picture_as(corpus, tmp_path):
+    asked = ["--evaluate.part", "train", "--evaluate.conditions", '["true_name"]', "--evaluate.queries", "4"]
+    few = ["--evaluate.shots_per_class", "[1]", "--output", str(tmp_path)]
+    with Command("evaluate", "--corpus.path", corpus, *asked, *few) as command:
+        code, out, err = command.end()
+        assert code == 0, err
+    (row,) = json.loads(out)
+    assert (row["part"], row["queries"], list(row["conditions"])) == ("train", 4, ["true_name"])
+    (predictions,) = tmp_path.glob("evaluate-*/predictions.parquet")
+    trained_on = {pair["name"] for pair in pair_rows() if pair["concept"] not in TINY_HELD_OUT}
+    for answered in pq.read_table(predictions).to_pylist():
+        assert {answered["expected"], answered["other"]} <= trained_on
 
 
 def test_interrupted_training_ends_with_130_and_leaves_no_process(corpus, tmp_path):

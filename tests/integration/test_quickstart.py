@@ -74,8 +74,11 @@ def test_page_needs_nothing_but_itself_and_shows_every_picture_of_the_episode(fo
     assert report["serve"]["expected"] in page
 
 
-def test_table_is_printed_with_a_line_for_every_condition(first):
+def test_table_alone_is_printed_with_a_line_for_every_condition(first):
     out, _ = first
+    head, *_, foot = out.strip().splitlines()
+    assert head.startswith("8 held-out questions")
+    assert foot.startswith("report: ")
     for words in ("no demonstrations", "full demonstrations", "just trained", "shipped", "swapped", "tokens"):
         assert words in out
 

@@ -49,6 +49,12 @@ def client(ray_cluster, run):
         yield client
 
 
+@pytest.fixture(autouse=True)
+def _ray_outlives_the_server(ray_cluster, monkeypatch):
+    # Ray ends with this module, not with each of its servers, so that they must leave nothing on it.
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _stopped_at_the_end(ray_cluster):
     yield

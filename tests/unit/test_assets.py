@@ -17,12 +17,13 @@ from safetensors import safe_open
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, load_backbone
 from mmicl_core.config.data import EpisodeConfig, ShotStage
+from mmicl_core.config.train import Condition
 from mmicl_core.data.episodes import build_pool, draw_episode
 from mmicl_core.data.images import decode
 from mmicl_core.data.sources import read_shard
 from mmicl_core.data.splits import Split
 from mmicl_core.evaluation.metrics import names_only
-from mmicl_core.evaluation.naming import Condition, NamingTask
+from mmicl_core.evaluation.naming import NamingTask
 from mmicl_core.methods.aim import Aggregator
 
 NANO, AIM, CORPUS = (resolve(f"embedded:{name}") for name in ("nano", "nano_aim", "open_emoji"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmicl_core.evaluation.metrics import names_only, wilson_interval
+from mmicl_core.evaluation.metrics import names_exactly, names_only, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,11 @@ from mmicl_core.evaluation.metrics import names_only, wilson_interval
 )
 def test_answer_is_right_only_with_the_right_name_alone(answer: str, right: bool) -> None:
     assert names_only(answer, "bako", "mute") is right
+
+
+@pytest.mark.parametrize(("answer", "right"), [("Cat", True), (" cat\n", True), ("cat face", False)])
+def test_true_name_is_right_only_where_the_answer_is_nothing_else(answer: str, right: bool) -> None:
+    assert names_exactly(answer, "cat") is right
 
 
 def test_wilson_interval_agrees_with_a_worked_example() -> None:
