@@ -11,6 +11,10 @@ All of them are `ValueError`: each is something that a user, a file or a network
 a programmer can break is an `assert`.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
 __all__ = [
     "BackboneError",
     "BankError",
@@ -18,6 +22,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "MmiclError",
+    "find_mistake",
 ]
 
 
@@ -43,3 +48,21 @@ class CheckpointError(MmiclError):
 
 class BankError(MmiclError):
     """A demonstration that the bank cannot store, find or verify."""
+
+
+def find_mistake(error: BaseException) -> MmiclError | None:
+    """The innermost of these errors in what `error` wraps; None if it is something else all through.
+
+    Frameworks of workers pass on what a worker raised as `cause`, or of all workers in `worker_failures`.
+    """
+    mistakes = [wrapped for wrapped in _wrapped(error) if isinstance(wrapped, MmiclError)]
+    return mistakes[-1] if mistakes else None
+
+
+def _wrapped(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+        for failure in failures.values():
+            yield from _wrapped(failure)
+        error = getattr(error, "cause", None) or error.__cause__

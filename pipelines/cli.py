@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmicl_core.config.run import RunConfig
-from mmicl_core.errors import MmiclError
+from mmicl_core.errors import find_mistake
 from pipelines.arguments import Parser, find_recipe, output_folder
 from pipelines.environment import cluster, prepare_process, quieten
 
@@ -43,22 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("mmicl: stopped", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        mistakes = [cause for cause in _causes(error) if isinstance(cause, MmiclError)]
-        if not mistakes:
+        mistake = find_mistake(error)
+        if mistake is None:
             raise
-        for sentence in str(mistakes[-1]).splitlines():
+        for sentence in str(mistake).splitlines():
             print(f"mmicl: {sentence}", file=sys.stderr)
         return MISTAKE
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and, one by one, what it wraps: Ray passes on what a worker raised, with a traceback."""
-    while error is not None:
-        yield error
-        failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
-        for failure in failures.values():
-            yield from _causes(failure)
-        error = getattr(error, "cause", None) or error.__cause__
 
 
 def _choose(arguments: list[str]) -> tuple[str, list[str]]:

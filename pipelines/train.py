@@ -18,7 +18,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import FailureConfig, ScalingConfig
+from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from mmicl_core.assets import resolve
@@ -31,6 +31,7 @@ from mmicl_core.data.files import write_atomic
 from mmicl_core.data.pictures import PictureStore, PixelStore, read_metadata
 from mmicl_core.data.splits import Split
 from mmicl_core.data.store import ArrayStore
+from mmicl_core.errors import find_mistake
 from mmicl_core.methods import build_method
 from mmicl_core.methods.aim import aggregator_identity
 from mmicl_core.methods.base import Batch, Lookup, Method
@@ -102,6 +103,17 @@ def train(run: RunConfig, root: Path) -> Stage:
 
 
 def _fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> None:
+    for tries_left in reversed(range(1 + MAX_FAILURES)):
+        failure = _try_to_fit(settings, config, work)
+        if failure is None:
+            return
+        # A mistake comes back at every try; a worker or a machine that was lost need not.
+        if not tries_left or find_mistake(failure) is not None:
+            raise failure
+        log.info("Training broke off (%s) and goes on from its last checkpoint", type(failure).__name__)
+
+
+def _try_to_fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> BaseException | None:
     gpus = ray.cluster_resources().get("GPU", 0) >= config.num_workers
     resources = {"CPU": config.threads_per_worker} | ({"GPU": 1} if gpus else {})
     trainer = TorchTrainer(
@@ -111,9 +123,7 @@ def _fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> None:
             num_workers=config.num_workers, use_gpu=gpus, resources_per_worker=resources
         ),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        run_config=ray.train.RunConfig(
-            name="ray", storage_path=str(work), failure_config=FailureConfig(max_failures=MAX_FAILURES)
-        ),
+        run_config=ray.train.RunConfig(name="ray", storage_path=str(work)),
     )
     failures: list[BaseException] = []
 
@@ -121,7 +131,7 @@ def _fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> None:
         try:
             trainer.fit()
         except BaseException as failure:
-            # The thread that waits raises it again.
+            # The thread that waits looks into it.
             failures.append(failure)
 
     # Ray Train takes Ctrl-C over in the main thread, also for the time after training, and then waits
@@ -129,8 +139,7 @@ def _fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> None:
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     thread.join()
-    if failures:
-        raise failures[0]
+    return failures[0] if failures else None
 
 
 def _shapes(method: Method) -> dict[str, tuple[int, ...]]:

@@ -21,7 +21,7 @@ from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.data.collate import NOT_SCORED, Packed
 from mmicl_core.prompts import ChatFormat, Turn
 
-__all__ = ["Batch", "Lookup", "Method", "answer_nll", "episode_turns", "prompt_embeddings"]
+__all__ = ["Batch", "Lookup", "Method", "answer_nll", "episode_turns", "prompt_embeddings", "stack"]
 
 
 class Batch(Protocol):

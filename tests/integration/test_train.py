@@ -18,6 +18,7 @@ from mmicl_core.config.model import AimConfig, LclConfig, MethodConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import TrainConfig
 from mmicl_core.data.store import ArrayStore
+from mmicl_core.errors import CheckpointError, find_mistake
 from mmicl_core.methods import METHODS, build_method
 from mmicl_core.methods.base import Method
 from mmicl_core.training.checkpoint import load_state
@@ -151,6 +152,19 @@ def test_run_stopped_and_resumed_on_one_worker_ends_like_an_uninterrupted_one(
     # with every step or two: eight steps after the stop it is 1e-4. Without the moments of the checkpoint,
     # losses after the stop differ by more than 0.01.
     np.testing.assert_allclose(_losses(resumed), _losses(uninterrupted), rtol=RESUMED_LOSS)
+
+
+def test_checkpoint_that_cannot_be_read_ends_training_at_the_first_try(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = _run(folder, AimConfig(), STEPS, workers=2)
+    checkpoint = tmp_path / f"{_stage(run, tmp_path).folder.name}.work" / "checkpoint" / "step-00000012"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text('{"step": 1', encoding="utf-8")
+    with caplog.at_level("INFO", logger="mmicl"), pytest.raises(Exception, match="cannot be read") as caught:
+        train(run, tmp_path)
+    assert isinstance(find_mistake(caught.value), CheckpointError)
+    assert "broke off" not in caplog.text
 
 
 def test_matrices_multiplied_in_bf16_take_training_the_same_way_but_for_rounding(

@@ -82,11 +82,15 @@ class Killer(threading.Thread):
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.trial)])
-def test_training_whose_workers_are_killed_ends_like_an_undisturbed_one(run, undisturbed, tmp_path, kills):
+def test_training_whose_workers_are_killed_says_so_and_ends_like_an_undisturbed_one(
+    run, undisturbed, tmp_path, kills, caplog
+):
     killer = Killer(tmp_path, kills)
     killer.start()
-    losses = _losses(train(run, tmp_path).folder)
+    with caplog.at_level("INFO", logger="mmicl"):
+        losses = _losses(train(run, tmp_path).folder)
     assert killer.killed == kills
+    assert caplog.text.count("goes on from its last checkpoint") == kills
     np.testing.assert_allclose(losses, undisturbed, rtol=1e-6)
 
 
