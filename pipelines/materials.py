@@ -18,6 +18,7 @@ from mmicl_core.data.episodes import DESCRIBE_QUESTION, NAME_QUESTION
 from mmicl_core.data.names import SYLLABLES
 from mmicl_core.data.pictures import PictureStore, read_metadata
 from mmicl_core.data.splits import Split
+from mmicl_core.errors import ConfigError
 from mmicl_core.methods import METHODS
 from mmicl_core.methods.supcon import load_vision_tower, tower_identity
 from pipelines.episodes import build_episodes, read_episodes, read_pairs
@@ -53,7 +54,15 @@ class Materials:
 
 
 def prepare(run: RunConfig, root: Path) -> Materials:
-    """Make whatever the method of `run` reads and is not there yet."""
+    """Make whatever the method of `run` reads and is not there yet.
+
+    Raises:
+        ConfigError: the run would train on what is held out.
+    """
+    if run.episodes.part != "train":
+        raise ConfigError(
+            f"episodes.part is {run.episodes.part!r}, which is held out from training: leave it at 'train'"
+        )
     corpus = resolve(run.corpus.path)
     split = Split.load(corpus)
     pairs = read_pairs(corpus, root)

@@ -10,7 +10,7 @@ from mmicl_core.config.base import Config
 
 __all__ = ["CorpusConfig", "EpisodeConfig", "Part", "ShotStage"]
 
-Part = Literal["train", "held_out_concepts", "held_out_style"]
+Part = Literal["train", "known_concepts", "held_out_concepts", "held_out_style"]
 
 
 class CorpusConfig(Config):
@@ -46,8 +46,8 @@ class EpisodeConfig(Config):
     """
 
     part: Part = "train"
-    """Pictures to draw from: training ones, held-out concepts, or held-out concepts asked in the
-    held-out style."""
+    """Pictures to draw from: training ones; concepts trained on, asked in the held-out style; held-out
+    concepts; or held-out concepts asked in the held-out style. Training takes `train` alone."""
 
     stages: tuple[ShotStage, ...] = (ShotStage(episodes=512, min_shots=4, max_shots=4),)
     """Stretches of the file, in order: a curriculum of shots, or a single stage."""

@@ -53,12 +53,14 @@ class Pool:
 
 def build_pool(pairs: Iterable[Mapping[str, Any]], split: Split, part: Part, neighbours: int) -> Pool:
     """Gather the pictures of one part from PAIR rows (the image column is not needed)."""
+    trained_on = part in ("train", "known_concepts")
+    in_held_out_style = part in ("known_concepts", "held_out_style")
     concepts: dict[str, Concept] = {}
     shown: dict[str, list[str]] = {}
     asked: dict[str, list[str]] = {}
     for pair in pairs:
         concept, style = pair["concept"], pair["style"]
-        if (concept in split.held_out_concepts) == (part == "train"):
+        if (concept in split.held_out_concepts) == trained_on:
             continue
         if concept not in concepts:
             keywords = frozenset(pair["keywords"])
@@ -68,7 +70,7 @@ def build_pool(pairs: Iterable[Mapping[str, Any]], split: Split, part: Part, nei
             shown[concept], asked[concept] = [], []
         if style != split.held_out_style:
             shown[concept].append(pair["picture"])
-        if (style == split.held_out_style) == (part == "held_out_style"):
+        if (style == split.held_out_style) == in_held_out_style:
             asked[concept].append(pair["picture"])
     ordered = dict(sorted(concepts.items()))
     return Pool(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,16 @@ def test_rerun_of_the_stages_makes_only_what_is_missing(tmp_path: Path) -> None:
     assert run(config) == first and len(first) == 2
     second = run(config.model_copy(update={"seed": 1}))
     assert len(second) == 3 and first.items() < second.items()
+
+    # The same names, sizes and times with another byte in a picture are another corpus.
+    shard = corpus / "tiny-0.tar"
+    content, times = bytearray(shard.read_bytes()), shard.stat()
+    place = content.index(b"IDAT") + 20
+    content[place] ^= 1
+    shard.write_bytes(content)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    third = run(config)
+    assert len(third) == 5 and second.items() < third.items()
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -15,6 +15,7 @@ LONERS = ["sun"]
 STYLES = [*TINY_STYLES, "clay", "wool"]
 SPLIT = Split(frozenset({"cat-0", "cat-1", "cup-0", "cup-1"}), HELD_OUT_STYLE)
 DRAWS = 300
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -47,20 +48,21 @@ def _style(picture: str) -> str:
     return picture.partition("__")[2]
 
 
-@pytest.mark.parametrize("part", ["train", "held_out_concepts", "held_out_style"])
+@pytest.mark.parametrize("part", PARTS)
 def test_pool_holds_exactly_the_pictures_of_its_part(part: Part) -> None:
     pool = _pool(part)
     shown = {picture for pictures in pool.shown.values() for picture in pictures}
     asked = {picture for pictures in pool.asked.values() for picture in pictures}
-    rows = [row for row in _rows() if (row["concept"] in SPLIT.held_out_concepts) != (part == "train")]
+    known = part in ("train", "known_concepts")
+    rows = [row for row in _rows() if (row["concept"] in SPLIT.held_out_concepts) != known]
     drawn_by_hand = {row["picture"] for row in rows if row["style"] == HELD_OUT_STYLE}
     others = {row["picture"] for row in rows} - drawn_by_hand
     assert shown == others
-    assert asked == (drawn_by_hand if part == "held_out_style" else others)
+    assert asked == (drawn_by_hand if part in ("known_concepts", "held_out_style") else others)
 
 
 @pytest.mark.parametrize("shots", [1, 4])
-@pytest.mark.parametrize("part", ["train", "held_out_concepts", "held_out_style"])
+@pytest.mark.parametrize("part", PARTS)
 def test_episode_never_shows_the_picture_that_it_asks_about_and_none_twice(part: Part, shots: int) -> None:
     episodes = _draw(_pool(part), _config(shots, part=part))
     assert episodes
@@ -141,8 +143,9 @@ def test_nearer_neighbours_are_drawn_more_often() -> None:
     )
 
 
-def test_held_out_style_is_asked_about_and_never_shown() -> None:
-    for episode in _draw(_pool("held_out_style"), _config(part="held_out_style")):
+@pytest.mark.parametrize("part", ["known_concepts", "held_out_style"])
+def test_held_out_style_is_asked_about_and_never_shown(part: Part) -> None:
+    for episode in _draw(_pool(part), _config(part=part)):
         *shown, query = [_style(turn["picture"]) for turn in episode["turns"]]
         assert query == HELD_OUT_STYLE
         assert HELD_OUT_STYLE not in shown
