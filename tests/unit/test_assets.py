@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -22,9 +22,10 @@ from mmicl_core.data.episodes import build_pool, draw_episode
 from mmicl_core.data.images import decode
 from mmicl_core.data.sources import read_shard
 from mmicl_core.data.splits import Split
-from mmicl_core.evaluation.metrics import names_only
+from mmicl_core.evaluation.metrics import names_exactly, names_only
 from mmicl_core.evaluation.naming import NamingTask
 from mmicl_core.methods.aim import Aggregator
+from tests.fakes import episode_row
 
 NANO, AIM, CORPUS = (resolve(f"embedded:{name}") for name in ("nano", "nano_aim", "open_emoji"))
 LARGEST_MODEL_BYTES = 32_000_000
@@ -107,16 +108,30 @@ def test_model_card_tells_the_accuracies_of_the_committed_evaluation(folder):
 
 
 @pytest.fixture(scope="module")
-def episodes() -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """Held-out episodes of 4 shots, as the evaluation draws them, and the pictures that they need."""
-    rows = [row for shard in sorted(CORPUS.glob("*.tar.gz")) for row in read_shard(shard)]
+def pairs() -> list[dict[str, Any]]:
+    return [row for shard in sorted(CORPUS.glob("*.tar.gz")) for row in read_shard(shard)]
+
+
+@pytest.fixture(scope="module")
+def episodes(pairs) -> list[dict[str, Any]]:
+    """Held-out episodes of 4 shots, as the evaluation draws them."""
     split = Split.load(CORPUS)
     config = EpisodeConfig(
         part="held_out_concepts", stages=(ShotStage(episodes=EPISODES, min_shots=4, max_shots=4),), seed=1
     )
-    pool = build_pool(rows, split, config.part, config.neighbours)
+    pool = build_pool(pairs, split, config.part, config.neighbours)
     drawn = [draw_episode(number, pool, config) for number in range(EPISODES)]
-    return [row for row in drawn if isinstance(row, dict)], {row["picture"]: row["image"] for row in rows}
+    return [row for row in drawn if isinstance(row, dict)]
+
+
+def see(
+    nano: HuggingFaceBackbone, pairs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> Mapping[str, torch.Tensor]:
+    """Vision-tower output of every picture of the episodes `rows`."""
+    images = {pair["picture"]: pair["image"] for pair in pairs}
+    keys = sorted({turn["picture"] for row in rows for turn in row["turns"]})
+    seen = nano.encode_pixels(nano.pixels([decode(images[key]) for key in keys]))
+    return dict(zip(keys, seen, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -124,13 +139,22 @@ def episodes() -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     [("full", 0.7, 1.0), ("fused", 0.6, 1.0), ("swapped", 0.0, 0.3), ("zero_shot", 0.0, 0.0)],
 )
 def test_nano_learns_names_from_demonstrations_and_follows_them(
-    nano, aggregator, episodes, condition: Condition, low, high
+    nano, aggregator, pairs, episodes, condition: Condition, low, high
 ):
-    rows, images = episodes
-    keys = sorted({turn["picture"] for row in rows for turn in row["turns"]})
-    seen = nano.encode_pixels(nano.pixels([decode(images[key]) for key in keys]))
-    vision: Mapping[str, torch.Tensor] = dict(zip(keys, seen, strict=True))
-    answers = NamingTask(nano, aggregator, max_new_tokens=12).answer(rows, condition, vision)
-    right = [names_only(said, row["answer"], row["other"]) for said, row in zip(answers, rows, strict=True)]
+    task = NamingTask(nano, aggregator, max_new_tokens=12)
+    answers = task.answer(episodes, condition, see(nano, pairs, episodes))
+    right = [
+        names_only(said, row["answer"], row["other"]) for said, row in zip(answers, episodes, strict=True)
+    ]
     assert len(right) == EPISODES
     assert low <= sum(right) / len(right) <= high
+
+
+def test_nano_says_the_true_names_of_most_pictures_that_it_was_trained_on(nano, pairs):
+    split = Split.load(CORPUS)
+    known = [pair for pair in pairs if split.trains_on(pair["concept"], pair["style"])]
+    asked = known[:: len(known) // EPISODES][:EPISODES]
+    rows = [episode_row([pair["picture"]], [pair["name"]]) for pair in asked]
+    answers = NamingTask(nano, None, max_new_tokens=12).answer(rows, "true_name", see(nano, pairs, rows))
+    right = [names_exactly(said, pair["name"]) for said, pair in zip(answers, asked, strict=True)]
+    assert sum(right) / EPISODES > 0.6
