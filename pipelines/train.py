@@ -114,9 +114,28 @@ def _fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> None:
 
 
 def _try_to_fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> BaseException | None:
+    failures: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            _trainer(settings, config, work).fit()
+        except BaseException as failure:
+            # The thread that waits looks into it.
+            failures.append(failure)
+
+    # Ray Train takes Ctrl-C over in the main thread, also for the time after training, and then waits
+    # for what it stops; left to Python, Ctrl-C ends this program and with it everything that it started.
+    # The main thread does nothing else meanwhile: inside Ray's own calls, an interruption can get lost.
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    thread.join()
+    return failures[0] if failures else None
+
+
+def _trainer(settings: dict[str, Any], config: TrainConfig, work: Path) -> TorchTrainer:
     gpus = ray.cluster_resources().get("GPU", 0) >= config.num_workers
     resources = {"CPU": config.threads_per_worker} | ({"GPU": 1} if gpus else {})
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _train_worker,
         train_loop_config=settings,
         scaling_config=ScalingConfig(
@@ -125,21 +144,6 @@ def _try_to_fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> Ba
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=ray.train.RunConfig(name="ray", storage_path=str(work)),
     )
-    failures: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as failure:
-            # The thread that waits looks into it.
-            failures.append(failure)
-
-    # Ray Train takes Ctrl-C over in the main thread, also for the time after training, and then waits
-    # for what it stops; left to Python, Ctrl-C ends this program and with it everything that it started.
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    thread.join()
-    return failures[0] if failures else None
 
 
 def _shapes(method: Method) -> dict[str, tuple[int, ...]]:
