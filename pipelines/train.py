@@ -97,7 +97,16 @@ def train(run: RunConfig, root: Path) -> Stage:
         shutil.copy(work / METRICS_FILE, folder / METRICS_FILE)
         return _summary(work)
 
-    stage.run(build)
+    manifest = stage.run(build)
+    partition = manifest["partition"]
+    log.info(
+        "ZeRO stage %d: each of %d workers holds %d of the %d elements of %s",
+        manifest["zero_stage"],
+        manifest["world_size"],
+        partition["shard_elements"],
+        partition["full_elements"],
+        partition["parameter"],
+    )
     shutil.rmtree(work, ignore_errors=True)
     return stage
 

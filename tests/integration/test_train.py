@@ -117,10 +117,14 @@ def test_training_learns_its_few_episodes_and_changes_the_weights(
 
 
 def test_finished_training_is_reused_and_leaves_no_working_folder(
-    folder: Path, uninterrupted: Path, method: MethodConfig
+    folder: Path, uninterrupted: Path, method: MethodConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = (uninterrupted / METRICS_FILE).stat().st_mtime_ns
-    again = train(_run(folder, method, STEPS, workers=2), folder / "run")
+    with caplog.at_level("INFO", logger="mmicl"):
+        again = train(_run(folder, method, STEPS, workers=2), folder / "run")
+    partition = read_manifest(uninterrupted)["partition"]
+    held = f"{partition['shard_elements']} of the {partition['full_elements']} elements"
+    assert f"ZeRO stage 3: each of 2 workers holds {held}" in caplog.text
     assert again.folder == uninterrupted
     assert (uninterrupted / METRICS_FILE).stat().st_mtime_ns == before
     assert not list((folder / "run").glob(f"{uninterrupted.name}.work"))
