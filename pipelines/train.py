@@ -134,7 +134,7 @@ def _try_to_fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> Ba
 
     # Ray Train takes Ctrl-C over in the main thread, also for the time after training, and then waits
     # for what it stops; left to Python, Ctrl-C ends this program and with it everything that it started.
-    # The main thread does nothing else meanwhile: inside Ray's own calls, an interruption can get lost.
+    # The main thread only waits meanwhile, so that an interruption never meets it inside Ray's own calls.
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     thread.join()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.episodes import read_episodes
 from tests.commands import Command
 from tests.fakes import TINY_HELD_OUT, pair_rows, write_corpus
 
@@ -48,9 +49,15 @@ def test_evaluate_verb_asks_what_the_model_knows_a_picture_as(corpus, tmp_path):
     (row,) = json.loads(out)
     assert (row["part"], row["queries"], list(row["conditions"])) == ("train", 4, ["true_name"])
     (predictions,) = tmp_path.glob("evaluate-*/predictions.parquet")
-    trained_on = {pair["name"] for pair in pair_rows() if pair["concept"] not in TINY_HELD_OUT}
-    for answered in pq.read_table(predictions).to_pylist():
-        assert {answered["expected"], answered["other"]} <= trained_on
+    (episodes,) = tmp_path.glob("episodes-*")
+    true_name = {
+        pair["picture"]: pair["name"] for pair in pair_rows() if pair["concept"] not in TINY_HELD_OUT
+    }
+    answers = {answer["episode"]: answer for answer in pq.read_table(predictions).to_pylist()}
+    for episode in read_episodes(episodes):
+        answer, query = answers.pop(episode["episode"]), episode["turns"][-1]["picture"]
+        assert answer["expected"] == true_name[query] != answer["other"]
+    assert not answers
 
 
 def test_interrupted_training_ends_with_130_and_leaves_no_process(corpus, tmp_path):
