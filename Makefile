@@ -40,5 +40,5 @@ clean:
 # installation is made again.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[corpus,test,check]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[corpus,nlp,test,check]'
 	touch $(STAMP)

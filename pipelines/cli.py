@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmicl_core.config.run import RunConfig
-from mmicl_core.errors import find_mistake
+from mmicl_core.errors import ConfigError, find_mistake
 from pipelines.arguments import Parser, find_recipe, output_folder
 from pipelines.environment import cluster, prepare_process, quieten
 
@@ -102,6 +102,8 @@ def _quickstart(arguments: list[str]) -> int:
 
 
 def _corpus(arguments: list[str]) -> int:
+    if arguments[:1] in (["lint"], ["stats"], ["preview"]):
+        return _inspect_corpus(arguments[0], arguments[1:])
     parser = Parser(prog="mmicl corpus", description=VERBS["corpus"].about)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = actions.add_parser("build", help="make a corpus out of published packages")
@@ -114,6 +116,8 @@ def _corpus(arguments: list[str]) -> int:
     teacher = actions.add_parser("teacher", help="write a MobileNetV2 checkpoint as a model folder")
     teacher.add_argument("--checkpoint", required=True, help="the .pth file of a torchvision MobileNetV2")
     teacher.add_argument("--output", required=True, help="folder of the model")
+    for name in ("lint", "stats", "preview"):
+        actions.add_parser(name, help=ABOUT_CORPUS[name], add_help=False)
     given = parser.parse_args(arguments)
 
     from pipelines.corpus import build_corpus, save_teacher
@@ -125,17 +129,46 @@ def _corpus(arguments: list[str]) -> int:
     return _print({"folder": given.output} | counts)
 
 
+def _inspect_corpus(action: str, arguments: list[str]) -> int:
+    with _running(f"corpus {action}", arguments) as (run, output):
+        from pipelines import inspection
+
+        if action == "preview":
+            return _print(inspection.preview_corpus(run, output))
+        if action == "stats":
+            return _print(inspection.corpus_stats(run, output))
+        found = inspection.lint_corpus(run, output)
+        _print(found)
+        return MISTAKE if found["passed"] is False else 0
+
+
 def _episodes(arguments: list[str]) -> int:
-    with _running("episodes", arguments) as (run, output):
-        from mmicl_core.assets import resolve
-        from mmicl_core.data.splits import Split
-        from pipelines.episodes import build_episodes, read_pairs
+    if arguments[:1] == ["show"]:
+        return _show_episode(arguments[1:])
+    preview = arguments[:1] == ["preview"]
+    verb = "episodes preview" if preview else "episodes"
+    with _running(verb, arguments[1:] if preview else arguments) as (run, output):
+        from pipelines.episodes import build_episodes, describe
         from pipelines.stages import read_manifest
 
-        corpus = resolve(run.corpus.path)
-        pairs = read_pairs(corpus, output)
-        episodes = build_episodes(pairs, Split.load(corpus), run.episodes, output)
-        return _print({"folder": str(episodes.folder)} | read_manifest(episodes.folder))
+        if preview:
+            from pipelines.inspection import preview_episodes
+
+            return _print(preview_episodes(run, output))
+        stage = build_episodes(describe(run, output), run.episodes, output)
+        manifest = {name: value for name, value in read_manifest(stage.folder).items() if name != "files"}
+        return _print({"folder": str(stage.folder)} | manifest)
+
+
+def _show_episode(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError("which episode? `mmicl episodes show SEED-NUMBER`, as its column `id` says")
+    with _running("episodes show", arguments[1:]) as (run, output):
+        from pipelines.inspection import show_episode
+
+        shown = show_episode(run, output, arguments[0])
+        _print(shown)
+        return MISTAKE if shown["equals_written"] is False else 0
 
 
 def _train(arguments: list[str]) -> int:
@@ -225,14 +258,19 @@ class Verb:
 
 VERBS: Mapping[str, Verb] = {
     "quickstart": Verb("the whole loop on real pictures, into one report", _quickstart),
-    "corpus": Verb("make a corpus, or the teacher of a vision tower", _corpus),
-    "episodes": Verb("read a corpus and draw 2-way hard-negative episodes", _episodes),
+    "corpus": Verb("make a corpus; lint, stats, preview look into any", _corpus),
+    "episodes": Verb("read a corpus and draw episodes with hard negatives; show ID, preview", _episodes),
     "train": Verb("train what the recipe's method trains", _train),
     "evaluate": Verb("ask about held-out concepts, with and without demonstrations", _evaluate),
     "serve": Verb("answer over an OpenAI-compatible API until Ctrl-C", _serve),
     "submit": Verb("run a verb on a Ray cluster, from this checkout", _submit),
     "doctor": Verb("look for what is missing on this machine", _doctor),
     "config": Verb("print the settings of a run, or the schema of all settings", _config),
+}
+ABOUT_CORPUS = {
+    "lint": "read and look at all of it, and name what cannot be used",
+    "stats": "count what it holds",
+    "preview": "a page of its pictures",
 }
 RUN_VERBS = ("episodes", "train", "evaluate", "serve")
 

@@ -1,130 +1,228 @@
-"""Ray Data: corpus shards -> PAIR rows -> 2-way hard-negative episodes, both as Parquet.
+"""Ray Data: catalogues of pictures -> episodes, as Parquet or straight into whoever reads them.
 
-    shards --flat_map(read_shard)--> pairs --index (no pixels)--> pool --map_batches(draw)--> episodes
+    corpus -> pairs -> looks -> concepts -> catalogues, neighbours --draw--> episodes
 
-Pixels stay in the pairs; an episode names its pictures. Episodes are functions of their number, so
-any number of workers writes the same ones.
+An episode is a function of (seed, number) and of the catalogues. So parts are made by any number of
+workers, and one episode can be drawn again by its id alone.
 """
 
 from __future__ import annotations
 
-from collections import Counter as Tally
-from functools import partial
-from itertools import pairwise
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet as pq
 import ray
 
-from mmicl_core.config.data import EpisodeConfig
-from mmicl_core.data.episodes import Pool, build_pool, draw_episode
-from mmicl_core.data.files import file_digest
-from mmicl_core.data.pictures import read_metadata
-from mmicl_core.data.schema import EPISODE, PAIR
-from mmicl_core.data.sources import find_shards, read_shard
-from mmicl_core.data.splits import Split
+from mmicl_core.assets import resolve
+from mmicl_core.config.corpus import ConceptConfig, EmbedderConfig, NeighbourConfig
+from mmicl_core.config.episodes import EpisodeConfig
+from mmicl_core.config.run import RunConfig
+from mmicl_core.data.catalogue import Catalogue
+from mmicl_core.data.episodes import draw
+from mmicl_core.data.grouping import Grouping
+from mmicl_core.data.neighbours import Neighbours
+from mmicl_core.data.plans import render
+from mmicl_core.data.pool import Catalogues, Pool, needed_groupings, open_pool
+from mmicl_core.data.prototypes import gather_embeddings
+from mmicl_core.data.schema import EPISODE
 from mmicl_core.errors import DataError
-from pipelines.progress import counting
-from pipelines.stages import Stage
+from pipelines.catalogue import Described, assign, build_catalogue
+from pipelines.neighbours import find_neighbours
+from pipelines.pairs import look_at_pairs, open_corpus, read_embedding_files, read_pairs
+from pipelines.parts import Counts, run_parts
+from pipelines.stages import Stage, read_manifest
 
-__all__ = ["build_episodes", "corpus_counts", "read_episodes", "read_pairs"]
+__all__ = [
+    "Source",
+    "build_episodes",
+    "corpus_counts",
+    "describe",
+    "read_episodes",
+    "redraw",
+    "stream_episodes",
+]
 
-EPISODES_PER_TASK = 256
-SKIPPED = pa.field("skipped", pa.string())
-
-
-def read_pairs(corpus: Path, root: Path) -> Stage:
-    """Read a corpus once. The manifest counts `read`, `kept` and `skipped_by_reason`."""
-    shards = find_shards(corpus)
-    # By content: a checkout that travels to a cluster keeps neither places nor times.
-    digests = {shard.name: file_digest(shard) for shard in shards}
-    split = Split.load(corpus)
-    stage = Stage(root, "pairs", shards=digests, split=split.plain())
-
-    def build(folder: Path) -> dict[str, Any]:
-        with counting("Reading the corpus", len(shards)) as counter:
-            paths = ray.data.from_items([{"path": str(shard)} for shard in shards])
-            read = partial(_read, counter=counter)
-            paths.map_batches(read, batch_size=1, batch_format="pyarrow").write_parquet(str(folder))
-        skipped = _skipped_by_reason(folder)
-        rows = read_metadata(folder)
-        split.check({row["concept"] for row in rows}, {row["style"] for row in rows})
-        kept = [row["picture"] for row in rows]
-        twice = next((one for one, other in pairwise(kept) if one == other), None)
-        if twice is not None:
-            raise DataError(f"two shards of {corpus} hold a sample {twice!r}: rename one, keys are unique")
-        return {"read": len(kept) + sum(skipped.values()), "kept": len(kept), "skipped_by_reason": skipped}
-
-    stage.run(build)
-    return stage
+SKIPPED_EPISODE = pa.schema([("episode", pa.int64()), ("skipped", pa.string())])
 
 
-def corpus_counts(pairs: Stage, split: Split) -> dict[str, int]:
-    """Images, concepts and held-out concepts of a corpus."""
-    rows = read_metadata(pairs.folder)
-    concepts = {row["concept"] for row in rows}
-    return {
-        "images": len(rows),
-        "concepts": len(concepts),
-        "held_out_concepts": len(concepts & split.held_out_concepts),
-    }
+@dataclass(frozen=True)
+class Source:
+    """A described corpus and the stages that episodes are drawn from, made when first asked for."""
+
+    described: Described
+    concepts: ConceptConfig
+    neighbours: NeighbourConfig
+    embedder: EmbedderConfig | None
+    backbone: Path
+    root: Path
+
+    def catalogue(self, grouping: Grouping) -> Stage:
+        """The pictures of the corpus in groups."""
+        return build_catalogue(self.described, grouping, self.concepts.min_pictures, self.root)
+
+    def neighbour_concepts(self) -> Stage:
+        """Which concepts stand near which."""
+        return find_neighbours(
+            self.catalogue("concept"),
+            self.described.looked,
+            self.neighbours,
+            self.embedder,
+            self.backbone,
+            self.root,
+        )
 
 
-def build_episodes(pairs: Stage, split: Split, config: EpisodeConfig, root: Path) -> Stage:
-    """Draw episodes. The manifest counts `built` and `skipped_by_reason`."""
+@dataclass(frozen=True)
+class PoolFolders:
+    """Where a pool of pictures lies; it travels to workers, which open it."""
+
+    catalogues: tuple[tuple[Grouping, Path], ...]
+    neighbours: Path | None
+    looked: Path
+
+
+def describe(run: RunConfig, root: Path) -> Source:
+    """Read a corpus, look at it and say what it shows; whatever is there is reused."""
+    corpus = open_corpus(run.corpus, run.concepts)
+    backbone = resolve(run.backbone.path) if run.embedder is not None else Path()
+    pairs = read_pairs(corpus, root)
+    looked = look_at_pairs(corpus, pairs, run.embedder, backbone, root)
+    described = assign(corpus, pairs, looked, run.concepts, root)
+    return Source(described, run.concepts, run.neighbours, run.embedder, backbone, root)
+
+
+def corpus_counts(concepts: Stage) -> dict[str, int]:
+    """Images, concepts and held-out concepts of a catalogue of concepts."""
+    manifest = read_manifest(concepts.folder)
+    names = {"images": "kept", "concepts": "groups", "held_out_concepts": "held_out"}
+    return {name: manifest[count] for name, count in names.items()}
+
+
+def build_episodes(source: Source, config: EpisodeConfig, root: Path) -> Stage:
+    """Draw episodes. The manifest counts `read`, `built` and `skipped_by_reason`.
+
+    Raises:
+        DataError: not one could be drawn.
+    """
+    folders, made_of = _pool_folders(source, config)
     stage = Stage(
         root,
         "episodes",
-        pairs=pairs.fingerprint,
-        config=config,
+        made_of=made_of,
+        config=config.model_dump(mode="json", exclude={"preset", "count", "streamed"}),
+    )
+    size = config.episodes_per_file
+    parts = [
+        {"name": f"{number:05d}", "start": start, "size": min(size, config.total - start)}
+        for number, start in enumerate(range(0, config.total, size))
+    ]
+    run_parts(
+        stage,
+        parts,
+        partial(_draw_part, folders=folders, config=config),
+        title=f"Drawing {config.part.replace('_', ' ')} episodes",
+        total=config.total,
+        check=partial(_check_some, where=source.described.corpus.config.path),
+    )
+    return stage
+
+
+def stream_episodes(source: Source, config: EpisodeConfig) -> ray.data.Dataset:
+    """The same episodes as EPISODE rows of a Ray dataset, drawn when they are read and written nowhere.
+
+    Numbers that cannot be drawn are left out; `build_episodes` counts them.
+    """
+    folders, _ = _pool_folders(source, config)
+    draw_batch = partial(_draw_batch, folders=folders, config=config)
+    return ray.data.range(config.total).map_batches(
+        draw_batch, batch_size=config.episodes_per_file, batch_format="pyarrow"
     )
 
-    def build(folder: Path) -> dict[str, Any]:
-        metadata = read_metadata(pairs.folder)
-        pool = build_pool(metadata, split, config.part, config.neighbours)
-        with counting(f"Drawing {config.part.replace('_', ' ')} episodes", config.total) as counter:
-            draw = partial(_draw, pool=ray.put(pool), config=config, counter=counter)
-            ray.data.range(config.total).map_batches(
-                draw, batch_size=EPISODES_PER_TASK, batch_format="pyarrow"
-            ).write_parquet(str(folder))
-        skipped = _skipped_by_reason(folder)
-        built = config.total - sum(skipped.values())
-        if not built:
-            raise DataError(f"no episode could be drawn from {pairs.folder}: {skipped}")
-        return {"built": built, "skipped_by_reason": skipped}
 
-    stage.run(build)
-    return stage
+def redraw(source: Source, config: EpisodeConfig, number: int) -> dict[str, Any]:
+    """Episode `number` once more, from nothing but its number.
+
+    Raises:
+        DataError: it is one of those that cannot be drawn.
+    """
+    table, reasons = _draw([number], *_pool_folders(source, config)[:1], config)
+    if reasons:
+        raise DataError(f"episode {config.seed}-{number} cannot be drawn: {reasons[0][1]}")
+    return dict(table.to_pylist()[0])
 
 
 def read_episodes(folder: Path) -> list[dict[str, Any]]:
     """The EPISODE rows of a finished stage, in the order of their numbers."""
-    table = pq.read_table(folder)
-    table = table.filter(pa.compute.is_null(table.column("skipped"))).drop_columns(["skipped"])
-    rows: list[dict[str, Any]] = table.sort_by("episode").to_pylist()
+    tables = [pq.read_table(file) for file in sorted(folder.glob("episodes-*.parquet"))]
+    rows: list[dict[str, Any]] = pa.concat_tables(tables).to_pylist() if tables else []
     return rows
 
 
-def _read(batch: pa.Table, counter: Any) -> pa.Table:
-    rows = [row for path in batch.column("path").to_pylist() for row in read_shard(Path(path))]
-    ray.get(counter.add.remote(batch.num_rows))
-    return pa.Table.from_pylist(rows, schema=PAIR.append(SKIPPED))
+def _pool_folders(source: Source, config: EpisodeConfig) -> tuple[PoolFolders, list[str]]:
+    stages = {grouping: source.catalogue(grouping) for grouping in needed_groupings(config)}
+    neighbours = source.neighbour_concepts() if "concept" in stages else None
+    folders = PoolFolders(
+        tuple((grouping, stage.folder) for grouping, stage in stages.items()),
+        neighbours.folder if neighbours else None,
+        source.described.looked.folder,
+    )
+    made_of = [stage.fingerprint for stage in (*stages.values(), *([neighbours] if neighbours else []))]
+    return folders, made_of
 
 
-def _skipped_by_reason(folder: Path) -> dict[str, int]:
-    reasons = pq.read_table(folder, columns=["skipped"]).column("skipped").to_pylist()
-    return dict(Tally(reason for reason in reasons if reason is not None))
+@lru_cache(maxsize=4)
+def _open(folders: PoolFolders, config: EpisodeConfig) -> Pool:
+    opened = {grouping: Catalogue(folder) for grouping, folder in folders.catalogues}
+    neighbours = Neighbours.open(folders.neighbours) if folders.neighbours else None
+    embed = None
+    if "task" in opened:
+        files = read_embedding_files(folders.looked)
+        embed = partial(gather_embeddings, opened["task"], files=files) if files else None
+    return open_pool(Catalogues(**opened), neighbours, config, embed)
 
 
-def _draw(batch: pa.Table, pool: Any, config: EpisodeConfig, counter: Any) -> pa.Table:
-    shared: Pool = ray.get(pool)
-    rows = []
-    for number in batch.column("id").to_pylist():
-        drawn = draw_episode(number, shared, config)
-        nothing: dict[str, Any] = dict.fromkeys(EPISODE.names) | {"episode": number, "skipped": drawn}
-        rows.append(nothing if isinstance(drawn, str) else drawn | {"skipped": None})
-    ray.get(counter.add.remote(len(rows)))
-    return pa.Table.from_pylist(rows, schema=EPISODE.append(SKIPPED))
+def _draw(
+    numbers: Iterable[int], folders: PoolFolders, config: EpisodeConfig
+) -> tuple[pa.Table, list[tuple[int, str]]]:
+    pool = _open(folders, config)
+    plans, reasons = [], []
+    for number in numbers:
+        drawn = draw(number, pool, config)
+        if isinstance(drawn, str):
+            reasons.append((number, drawn))
+        else:
+            plans.append(drawn)
+    return render(plans, pool), reasons
+
+
+def _draw_batch(batch: pa.Table, *, folders: PoolFolders, config: EpisodeConfig) -> pa.Table:
+    return _draw(batch.column("id").to_pylist(), folders, config)[0]
+
+
+def _draw_part(
+    part: Mapping[str, Any], folder: Path, *, folders: PoolFolders, config: EpisodeConfig
+) -> tuple[dict[str, int], Counts]:
+    numbers = range(part["start"], part["start"] + part["size"])
+    episodes, reasons = _draw(numbers, folders, config)
+    files = {f"episodes-{part['name']}.parquet": episodes.num_rows}
+    pq.write_table(episodes.cast(EPISODE), folder / f"episodes-{part['name']}.parquet")
+    if reasons:
+        left_out = pa.Table.from_pylist(
+            [{"episode": number, "skipped": reason} for number, reason in reasons], schema=SKIPPED_EPISODE
+        )
+        pq.write_table(left_out, folder / f"skipped-{part['name']}.parquet")
+        files[f"skipped-{part['name']}.parquet"] = len(reasons)
+    tally = dict(Counter(reason for _, reason in reasons))
+    return files, {"read": len(numbers), "built": episodes.num_rows, "skipped_by_reason": tally}
+
+
+def _check_some(counts: Counts, *, where: str) -> None:
+    if counts.get("complete") and not counts.get("built"):
+        reasons = ", ".join(f"{count} x {why}" for why, count in counts["skipped_by_reason"].items())
+        raise DataError(f"no episode could be drawn from {where}: {reasons}")

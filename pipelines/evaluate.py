@@ -13,16 +13,17 @@ import torch
 
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import backbone_identity, load_for_inference
-from mmicl_core.config.data import EpisodeConfig, ShotStage
+from mmicl_core.config.episodes import EpisodeConfig, ShotStage, TwoWayConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import Condition, EvaluateConfig
-from mmicl_core.data.pictures import PictureStore, read_metadata
-from mmicl_core.data.splits import Split
+from mmicl_core.data.catalogue import Catalogue
+from mmicl_core.data.images import decode
+from mmicl_core.data.pictures import images_of
 from mmicl_core.evaluation.metrics import names_exactly, names_only, wilson_interval
 from mmicl_core.evaluation.naming import NamingTask
 from mmicl_core.methods.aim import Aggregator, aggregator_identity
 from mmicl_core.methods.base import episode_turns
-from pipelines.episodes import build_episodes, read_episodes, read_pairs
+from pipelines.episodes import Source, build_episodes, describe, read_episodes
 from pipelines.features import CPUS_OF_AN_ENCODER
 from pipelines.progress import counting
 from pipelines.stages import Stage, read_manifest
@@ -40,29 +41,35 @@ def evaluate(run: RunConfig, root: Path) -> list[dict[str, Any]]:
     A row holds `shots_per_class`, `part`, `queries`, `conditions` (each `accuracy` with the `low` and
     `high` end of its 95 % interval) and `tokens` (mean of a demonstration, full and fused).
     """
-    corpus = resolve(run.corpus.path)
-    split = Split.load(corpus)
-    pairs = read_pairs(corpus, root)
+    source = describe(run, root)
     rows = []
     for shots in run.evaluate.shots_per_class:
-        episodes = evaluation_episodes(pairs, split, run, shots, root)
-        rows.append(_evaluate_at(run, shots, pairs, episodes, root))
+        episodes = evaluation_episodes(source, run, shots, root)
+        rows.append(_evaluate_at(run, shots, source, episodes, root))
     return rows
 
 
-def evaluation_episodes(pairs: Stage, split: Split, run: RunConfig, shots: int, root: Path) -> Stage:
+def evaluation_episodes(source: Source, run: RunConfig, shots: int, root: Path) -> Stage:
     """Episodes of the part asked about, all with hard negatives and the question that training used first."""
+    two_way = [task for task in run.episodes.tasks if isinstance(task, TwoWayConfig)]
+    asked = two_way[0].questions if two_way else TwoWayConfig().questions
     config = EpisodeConfig(
         part=run.evaluate.part,
-        stages=(ShotStage(episodes=run.evaluate.queries, min_shots=shots, max_shots=shots),),
-        neighbours=run.episodes.neighbours,
-        questions=run.episodes.questions[:1],
+        stages=(
+            ShotStage(
+                episodes=run.evaluate.queries,
+                min_shots_of_both_classes=2 * shots,
+                max_shots_of_both_classes=2 * shots,
+            ),
+        ),
+        tasks=(TwoWayConfig(questions=asked[:1]),),
+        near_duplicate_bits=run.episodes.near_duplicate_bits,
         seed=run.evaluate.seed,
     )
-    return build_episodes(pairs, split, config, root)
+    return build_episodes(source, config, root)
 
 
-def _evaluate_at(run: RunConfig, shots: int, pairs: Stage, episodes: Stage, root: Path) -> dict[str, Any]:
+def _evaluate_at(run: RunConfig, shots: int, source: Source, episodes: Stage, root: Path) -> dict[str, Any]:
     config = run.evaluate
     backbone = resolve(run.backbone.path)
     aggregator = resolve(config.aggregator) if config.aggregator and "fused" in config.conditions else None
@@ -91,7 +98,7 @@ def _evaluate_at(run: RunConfig, shots: int, pairs: Stage, episodes: Stage, root
                         config,
                         backbone,
                         aggregator,
-                        pairs.folder,
+                        source,
                         episodes.folder,
                         counter,
                     ),
@@ -128,7 +135,7 @@ class _Answerer:
         config: EvaluateConfig,
         backbone: Path,
         aggregator: Path | None,
-        pairs: Path,
+        source: Source,
         episodes: Path,
         counter: Any,
     ) -> None:
@@ -136,15 +143,18 @@ class _Answerer:
         self._backbone = load_for_inference(backbone)
         loaded = Aggregator.load(aggregator, self._backbone) if aggregator else None
         self._task = NamingTask(self._backbone, loaded, config.max_new_tokens)
-        self._pictures, self._episodes = PictureStore(pairs), read_episodes(episodes)
-        self._true_names = {row["concept"]: row["name"] for row in read_metadata(pairs)}
+        self._reader = source.described.corpus.pictures(source.described.pairs.folder)
+        self._episodes = read_episodes(episodes)
+        concepts = Catalogue(source.catalogue("concept").folder)
+        self._true_names = dict(zip(concepts.ids, concepts.names, strict=True))
         self._config, self._counter = config, counter
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         episodes = [self._episodes[row] for row in batch.column("row").to_pylist()]
-        keys = sorted({turn["picture"] for episode in episodes for turn in episode["turns"]})
-        pixels = self._backbone.pixels([self._pictures.picture(key) for key in keys])
-        vision = dict(zip(keys, self._backbone.encode_pixels(pixels), strict=True))
+        images = images_of(episodes)
+        pictures = [decode(self._reader.read(image)) for image in images.values()]
+        pixels = self._backbone.pixels(pictures)
+        vision = dict(zip(images, self._backbone.encode_pixels(pixels), strict=True))
         rows = []
         for condition in self._config.conditions:
             answers = self._task.answer(episodes, condition, vision)

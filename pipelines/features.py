@@ -15,15 +15,19 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
+from PIL import Image
 
 from mmicl_core.backbones.hugging_face import backbone_identity, load_for_inference
 from mmicl_core.config.base import fingerprint
 from mmicl_core.data.augment import augment_versions, variant_key
 from mmicl_core.data.embedding import ImageTeacher
-from mmicl_core.data.pictures import PictureStore
+from mmicl_core.data.images import decode
+from mmicl_core.data.storage import PictureReader
 from mmicl_core.data.store import store_columns
 from mmicl_core.methods.aim import demonstration_key, read_demonstrations
 from mmicl_core.prompts import ChatFormat, Turn
+from pipelines.catalogue import Described
+from pipelines.pairs import Corpus
 from pipelines.progress import counting
 from pipelines.stages import Stage
 
@@ -34,60 +38,62 @@ DEMONSTRATIONS_PER_BATCH = 128
 # Encoders that took every CPU would wait for ever for the tasks that feed them and write for them.
 CPUS_OF_AN_ENCODER = 0.5
 
+Images = Mapping[str, Mapping[str, Any]]
+"""IMAGE references by the key of the picture."""
 
-def encode_pictures(
-    pairs: Stage, backbone: Path, pictures: Sequence[str], variants: int, root: Path
-) -> Stage:
+
+def encode_pictures(described: Described, backbone: Path, images: Images, variants: int, root: Path) -> Stage:
     """Vision-tower output of pictures and of their augmented versions, by `variant_key`."""
     identity = backbone_identity(backbone)
     stage = Stage(
         root,
         "vision",
-        pairs=pairs.fingerprint,
+        pairs=described.pairs.fingerprint,
         backbone=identity,
-        pictures=fingerprint(pictures),
+        pictures=fingerprint(sorted(images)),
         variants=variants,
     )
-    rows = [{"picture": picture} for picture in pictures]
     return _encode(
         stage,
         "Encoding pictures",
-        rows,
+        _rows(images),
         PICTURES_PER_BATCH,
         _PictureEncoder,
-        (backbone, pairs.folder, variants),
+        (backbone, described.corpus, described.pairs.folder, variants),
     )
 
 
-def teach_pictures(pairs: Stage, teacher: Path, side: int, pictures: Sequence[str], root: Path) -> Stage:
+def teach_pictures(described: Described, teacher: Path, side: int, images: Images, root: Path) -> Stage:
     """A teacher's features of pictures."""
-    about = [backbone_identity(teacher), side, fingerprint(pictures)]
-    stage = Stage(root, "teacher", pairs=pairs.fingerprint, about=about)
-    rows = [{"picture": picture} for picture in pictures]
-    return _encode(
-        stage, "Asking the teacher", rows, PICTURES_PER_BATCH, _Teacher, (teacher, pairs.folder, side)
-    )
+    about = [backbone_identity(teacher), side, fingerprint(sorted(images))]
+    stage = Stage(root, "teacher", pairs=described.pairs.fingerprint, about=about)
+    arguments = (teacher, described.corpus, described.pairs.folder, side)
+    return _encode(stage, "Asking the teacher", _rows(images), PICTURES_PER_BATCH, _Teacher, arguments)
 
 
 def encode_demonstrations(
-    pairs: Stage, backbone: Path, episodes: Sequence[Mapping[str, Any]], name: str, root: Path
+    described: Described, backbone: Path, episodes: Sequence[Mapping[str, Any]], name: str, root: Path
 ) -> Stage:
     """Frozen states of every demonstration of `episodes`, by `demonstration_key`; `name` names those."""
     identity = backbone_identity(backbone)
-    stage = Stage(root, "states", pairs=pairs.fingerprint, backbone=identity, episodes=name)
+    pairs = described.pairs.fingerprint
+    stage = Stage(root, "states", pairs=pairs, backbone=identity, episodes=name)
     rows = {
-        (turn["picture"], turn["question"], turn["answer"]): None
+        (turn["picture"], turn["question"], turn["answer"]): turn["image"]
         for episode in episodes
         for turn in episode["turns"][:-1]
     }
-    columns = [dict(zip(("picture", "question", "answer"), row, strict=True)) for row in rows]
+    columns = [
+        dict(zip(("picture", "question", "answer"), row, strict=True)) | {"image": image}
+        for row, image in rows.items()
+    ]
     return _encode(
         stage,
         "Reading demonstrations",
         columns,
         DEMONSTRATIONS_PER_BATCH,
         _DemonstrationReader,
-        (backbone, pairs.folder),
+        (backbone, described.corpus, described.pairs.folder),
     )
 
 
@@ -120,15 +126,23 @@ def _encode(
     return stage
 
 
+def _rows(images: Images) -> list[dict[str, Any]]:
+    return [{"picture": picture, "image": images[picture]} for picture in sorted(images)]
+
+
+def _decode(batch: pa.Table, reader: PictureReader) -> list[Image.Image]:
+    return [decode(reader.read(image)) for image in batch.column("image").to_pylist()]
+
+
 class _PictureEncoder:
-    def __init__(self, backbone: Path, pairs: Path, variants: int, counter: Any) -> None:
+    def __init__(self, backbone: Path, corpus: Corpus, pairs: Path, variants: int, counter: Any) -> None:
         torch.set_num_threads(1)
         self._backbone = load_for_inference(backbone)
-        self._pictures, self._variants, self._counter = PictureStore(pairs), variants, counter
+        self._reader, self._variants, self._counter = corpus.pictures(pairs), variants, counter
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         keys = batch.column("picture").to_pylist()
-        pixels = self._backbone.pixels([self._pictures.picture(key) for key in keys])
+        pixels = self._backbone.pixels(_decode(batch, self._reader))
         tables = []
         for variant in range(self._variants):
             names = [variant_key(key, variant) for key in keys]
@@ -140,31 +154,28 @@ class _PictureEncoder:
 
 
 class _Teacher:
-    def __init__(self, teacher: Path, pairs: Path, side: int, counter: Any) -> None:
+    def __init__(self, teacher: Path, corpus: Corpus, pairs: Path, side: int, counter: Any) -> None:
         torch.set_num_threads(1)
-        self._teacher, self._pictures, self._counter = (
-            ImageTeacher(teacher, side),
-            PictureStore(pairs),
-            counter,
-        )
+        self._teacher = ImageTeacher(teacher, side)
+        self._reader, self._counter = corpus.pictures(pairs), counter
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         keys = batch.column("picture").to_pylist()
-        features = self._teacher([self._pictures.picture(key) for key in keys])
+        features = self._teacher(_decode(batch, self._reader))
         ray.get(self._counter.add.remote(len(keys)))
         return store_columns(keys, list(features))
 
 
 class _DemonstrationReader:
-    def __init__(self, backbone: Path, pairs: Path, counter: Any) -> None:
+    def __init__(self, backbone: Path, corpus: Corpus, pairs: Path, counter: Any) -> None:
         torch.set_num_threads(1)
         self._backbone = load_for_inference(backbone)
         self._chat = ChatFormat(self._backbone.processor)
-        self._pictures, self._counter = PictureStore(pairs), counter
+        self._reader, self._counter = corpus.pictures(pairs), counter
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         turns = [Turn(row["picture"], row["question"], row["answer"]) for row in batch.to_pylist()]
-        pixels = self._backbone.pixels([self._pictures.picture(str(turn.picture)) for turn in turns])
+        pixels = self._backbone.pixels(_decode(batch, self._reader))
         vision_NVW = self._backbone.encode_pixels(pixels)
         states: list[np.ndarray] = [
             state.float().cpu().numpy()

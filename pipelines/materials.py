@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,19 @@ from mmicl_core.backbones.induction import start_projector
 from mmicl_core.backbones.nano import build_nano, whiten_patches
 from mmicl_core.config.model import BackboneConfig, LclConfig, SupConConfig
 from mmicl_core.config.run import RunConfig
-from mmicl_core.data.episodes import DESCRIBE_QUESTION, NAME_QUESTION
+from mmicl_core.data.catalogue import Catalogue
+from mmicl_core.data.images import decode
 from mmicl_core.data.names import SYLLABLES
-from mmicl_core.data.pictures import PictureStore, read_metadata
-from mmicl_core.data.splits import Split
+from mmicl_core.data.pictures import images_of
+from mmicl_core.data.tasks.caption import DESCRIBE_QUESTION, NAME_QUESTION
 from mmicl_core.errors import ConfigError
 from mmicl_core.methods import METHODS
 from mmicl_core.methods.supcon import load_vision_tower, tower_identity
-from pipelines.episodes import build_episodes, read_episodes, read_pairs
+from pipelines.episodes import Source, build_episodes, describe, read_episodes
 from pipelines.features import encode_demonstrations, encode_pictures, teach_pictures
 from pipelines.stages import Stage
 
-__all__ = ["Materials", "open_backbone", "prepare"]
+__all__ = ["Materials", "open_backbone", "prepare", "training_rows"]
 
 NEW_NANO = "new:nano"
 MEASURED_PICTURES = 1500
@@ -38,7 +39,7 @@ class Materials:
 
     backbone: Path
     pairs: Path
-    corpus: Path
+    catalogue: Path
     episodes: Path | None = None
     features: Path | None = None
     states: Path | None = None
@@ -63,33 +64,32 @@ def prepare(run: RunConfig, root: Path) -> Materials:
         raise ConfigError(
             f"episodes.part is {run.episodes.part!r}, which is held out from training: leave it at 'train'"
         )
-    corpus = resolve(run.corpus.path)
-    split = Split.load(corpus)
-    pairs = read_pairs(corpus, root)
-    backbone = open_backbone(run.backbone, pairs, split, root)
+    source = describe(run, root)
+    concepts = source.catalogue("concept")
+    backbone = open_backbone(run.backbone, source, root)
+    common = Materials(backbone, source.described.pairs.folder, concepts.folder)
     if isinstance(run.method, SupConConfig):
         features = None
         if run.method.teacher is not None:
-            train_on = [row["picture"] for row in _training_rows(pairs, split)]
-            teacher = resolve(run.method.teacher)
-            features = teach_pictures(pairs, teacher, run.method.teacher_pixels, train_on, root).folder
-        return Materials(backbone, pairs.folder, corpus, features=features)
-    episodes = build_episodes(pairs, split, run.episodes, root)
+            images = {row["picture"]: row["image"] for row in training_rows(concepts.folder)}
+            teacher, side = resolve(run.method.teacher), run.method.teacher_pixels
+            features = teach_pictures(source.described, teacher, side, images, root).folder
+        return replace(common, features=features)
+    episodes = build_episodes(source, run.episodes, root)
     rows = read_episodes(episodes.folder)
     states = None
     if METHODS[run.method.type].needs_states:
-        states = encode_demonstrations(pairs, backbone, rows, episodes.fingerprint, root).folder
+        states = encode_demonstrations(source.described, backbone, rows, episodes.fingerprint, root).folder
     if isinstance(run.method, LclConfig) and run.method.train_vision_tower:
-        return Materials(backbone, pairs.folder, corpus, episodes.folder)
+        return replace(common, episodes=episodes.folder)
     # A demonstration whose states are known is never looked at again; its query is.
-    turns = [turn for row in rows for turn in (row["turns"][-1:] if states else row["turns"])]
+    shown = [row | {"turns": row["turns"][-1:]} for row in rows] if states else rows
     variants = run.train.picture_variants
-    seen = sorted({turn["picture"] for turn in turns})
-    features = encode_pictures(pairs, backbone, seen, variants, root).folder
-    return Materials(backbone, pairs.folder, corpus, episodes.folder, features, states)
+    features = encode_pictures(source.described, backbone, images_of(shown), variants, root).folder
+    return replace(common, episodes=episodes.folder, features=features, states=states)
 
 
-def open_backbone(config: BackboneConfig, pairs: Stage, split: Split, root: Path) -> Path:
+def open_backbone(config: BackboneConfig, source: Source, root: Path) -> Path:
     """The folder of a model; one that is new, or gets another tower, is written first."""
     is_new = config.path == NEW_NANO
     if not is_new and config.vision_tower is None:
@@ -97,14 +97,17 @@ def open_backbone(config: BackboneConfig, pairs: Stage, split: Split, root: Path
     stage = Stage(
         root,
         "backbone",
-        # A new model is made out of the pairs; another one is what lies in its folder.
-        model=[NEW_NANO, pairs.fingerprint] if is_new else backbone_identity(resolve(config.path)),
+        # A new model is made out of the pictures; another one is what lies in its folder.
+        model=[NEW_NANO, source.catalogue("concept").fingerprint]
+        if is_new
+        else backbone_identity(resolve(config.path)),
         tower=tower_identity(resolve(config.vision_tower)) if config.vision_tower else None,
     )
 
     def build(folder: Path) -> dict[str, int]:
-        pictures = _some_pictures(pairs, split) if is_new else []
-        backbone = _new_nano(pairs, split, pictures) if is_new else load_backbone(resolve(config.path))
+        rows = training_rows(source.catalogue("concept").folder) if is_new else []
+        pictures = _some_pictures(source, rows)
+        backbone = _new_nano(rows, pictures) if is_new else load_backbone(resolve(config.path))
         if config.vision_tower is not None:
             load_vision_tower(resolve(config.vision_tower), backbone)
         if is_new:
@@ -116,19 +119,26 @@ def open_backbone(config: BackboneConfig, pairs: Stage, split: Split, root: Path
     return stage.folder
 
 
-def _training_rows(pairs: Stage, split: Split) -> list[dict[str, Any]]:
-    return [row for row in read_metadata(pairs.folder) if split.trains_on(row["concept"], row["style"])]
+def training_rows(catalogue: Path) -> list[dict[str, Any]]:
+    """The pictures of a catalogue of concepts that training may see, in the order of their keys."""
+    opened = Catalogue(catalogue)
+    groups = [group for group in range(len(opened)) if not opened.held_out[group]]
+    numbers = [number for group in groups for number in opened.pictures(group)]
+    columns = ("picture", "image", "concept", "name", "keywords", "category", "subcategory", "style")
+    rows: list[dict[str, Any]] = opened.take(numbers, columns).sort_by("picture").to_pylist()
+    return rows
 
 
-def _some_pictures(pairs: Stage, split: Split) -> list[Image.Image]:
-    rows, store = _training_rows(pairs, split), PictureStore(pairs.folder)
-    return [store.picture(row["picture"]) for row in rows[:: max(1, len(rows) // MEASURED_PICTURES)]]
+def _some_pictures(source: Source, rows: list[dict[str, Any]]) -> list[Image.Image]:
+    reader = source.described.corpus.pictures(source.described.pairs.folder)
+    return [decode(reader.read(row["image"])) for row in rows[:: max(1, len(rows) // MEASURED_PICTURES)]]
 
 
-def _new_nano(pairs: Stage, split: Split, pictures: list[Image.Image]) -> HuggingFaceBackbone:
+def _new_nano(rows: list[dict[str, Any]], pictures: list[Image.Image]) -> HuggingFaceBackbone:
     texts = []
-    for row in _training_rows(pairs, split):
-        texts += [row["name"], row["subcategory"].replace("-", " "), *row["keywords"]]
-    backbone = build_nano(texts, [*SYLLABLES, *QUESTIONS])
+    for row in rows:
+        subcategory = (row["subcategory"] or "").replace("-", " ")
+        texts += [row["name"], subcategory, *(row["keywords"] or ())]
+    backbone = build_nano(list(filter(None, texts)), [*SYLLABLES, *QUESTIONS])
     whiten_patches(backbone, pictures)
     return backbone

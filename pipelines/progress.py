@@ -50,6 +50,12 @@ class _Count:
             return "unknown time"
         return f"{self.seconds * max(total - self.done, 0) / self.here:.0f} s"
 
+    @property
+    def rate(self) -> str:
+        """Pieces a second, by what was done here."""
+        speed = self.here / self.seconds if self.seconds else 0.0
+        return f"{speed:.0f}/s" if speed >= 10 else f"{speed:.2g}/s"
+
 
 @ray.remote(num_cpus=0)
 class _Counter:
@@ -90,15 +96,16 @@ def _show_bar(title: str, total: int, counter: Any, done: threading.Event) -> No
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[left]} left {task.fields[note]}"),
+        TextColumn("{task.fields[rate]}, {task.fields[left]} left {task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        bar = bars.add_task(title, total=total, note="", left="unknown time")
+        bar = bars.add_task(title, total=total, note="", left="unknown time", rate="0/s")
         ended = False
         while not ended:
             ended = done.wait(POLL_SECONDS)
             count = ray.get(counter.read.remote())
-            bars.update(bar, completed=min(count.done, total), note=count.note, left=count.time_left(total))
+            told = {"note": count.note, "left": count.time_left(total), "rate": count.rate}
+            bars.update(bar, completed=min(count.done, total), **told)
 
 
 def _show_lines(title: str, total: int, counter: Any, done: threading.Event) -> None:
@@ -109,6 +116,6 @@ def _show_lines(title: str, total: int, counter: Any, done: threading.Event) -> 
             continue
         last = time.monotonic()
         count = ray.get(counter.read.remote())
-        told = f"{title}: {min(count.done, total)} of {total}, {count.time_left(total)} left {count.note}"
-        log.info(told.rstrip())
+        done, left = min(count.done, total), count.time_left(total)
+        log.info(f"{title}: {done} of {total}, {count.rate}, {left} left {count.note}".rstrip())
     log.info(f"{title}: {time.monotonic() - start:.0f} s")

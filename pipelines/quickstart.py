@@ -20,14 +20,12 @@ from typing import Any
 
 import httpx
 
-from mmicl_core.assets import resolve
 from mmicl_core.config.run import RunConfig, load_run
 from mmicl_core.data.files import write_atomic
-from mmicl_core.data.pictures import PictureStore
-from mmicl_core.data.splits import Split
+from mmicl_core.data.storage import PictureReader
 from mmicl_core.evaluation.metrics import names_only
 from mmicl_core.evaluation.report import ShownEpisode, accuracy_table, render_report
-from pipelines.episodes import corpus_counts, read_episodes, read_pairs
+from pipelines.episodes import build_episodes, corpus_counts, describe, read_episodes
 from pipelines.evaluate import evaluate, evaluation_episodes
 from pipelines.serve import app
 from pipelines.stages import Stage, read_manifest
@@ -51,20 +49,21 @@ def quickstart(output: Path, recipe: Path | None = None) -> dict[str, Any]:
     """
     run = load_run(recipe or Path(str(files("pipelines") / "recipes" / RECIPE)))
     root, clock = output / "stages", _Clock()
-    corpus = resolve(run.corpus.path)
-    split = Split.load(corpus)
     with clock.step("read the corpus and draw episodes"):
-        pairs = read_pairs(corpus, root)
+        source = describe(run, root)
+        concepts = source.catalogue("concept")
+        build_episodes(source, run.episodes, root)
     with clock.step("train the aggregator"):
         trained = train(run, root)
     with clock.step("evaluate on held-out concepts"):
         rows = _evaluate(run, trained, root)
     with clock.step("serve and ask"):
-        held_out = evaluation_episodes(pairs, split, run, run.evaluate.shots_per_class[0], root)
+        held_out = evaluation_episodes(source, run, run.evaluate.shots_per_class[0], root)
         episode = read_episodes(held_out.folder)[0]
-        served, shown = _serve_and_ask(run, trained, episode, PictureStore(pairs.folder), root)
+        reader = source.described.corpus.pictures(source.described.pairs.folder)
+        served, shown = _serve_and_ask(run, trained, episode, reader, root)
     report = {
-        "corpus": corpus_counts(pairs, split),
+        "corpus": corpus_counts(concepts),
         "episodes": _episode_counts(trained),
         "train": read_manifest(trained.folder),
         **rows,
@@ -111,7 +110,7 @@ def _episode_counts(trained: Stage) -> dict[str, Any]:
 
 
 def _serve_and_ask(
-    run: RunConfig, trained: Stage, episode: Mapping[str, Any], pictures: PictureStore, root: Path
+    run: RunConfig, trained: Stage, episode: Mapping[str, Any], pictures: PictureReader, root: Path
 ) -> tuple[dict[str, Any], ShownEpisode]:
     """Start the server, register the demonstrations, ask with the pack and with the full turns."""
     serve = run.serve.model_copy(
@@ -124,18 +123,18 @@ def _serve_and_ask(
     *shown, query = episode["turns"]
     demonstrations = [
         {
-            "image_url": {"url": _data_uri(pictures.encoded(turn["picture"]))},
+            "image_url": {"url": _data_uri(pictures.read(turn["image"]))},
             "question": turn["question"],
             "answer": turn["answer"],
         }
         for turn in shown
     ]
-    asked = [_message(pictures, query["picture"], query["question"])]
+    asked = [_message(pictures, query["image"], query["question"])]
     told = [
         message
         for turn in shown
         for message in (
-            _message(pictures, turn["picture"], turn["question"]),
+            _message(pictures, turn["image"], turn["question"]),
             {"role": "assistant", "content": turn["answer"]},
         )
     ]
@@ -160,8 +159,8 @@ def _serve_and_ask(
         "usage_pack": answers[0]["usage"],
     }
     return served, ShownEpisode(
-        demonstrations=[(pictures.encoded(turn["picture"]), turn["answer"]) for turn in shown],
-        query=pictures.encoded(query["picture"]),
+        demonstrations=[(pictures.read(turn["image"]), turn["answer"]) for turn in shown],
+        query=pictures.read(query["image"]),
         answer=answer,
         expected=episode["answer"],
         right=names_only(answer, episode["answer"], episode["other"]),
@@ -175,9 +174,9 @@ def _post(client: httpx.Client, path: str, body: Mapping[str, Any]) -> dict[str,
     return reply
 
 
-def _message(pictures: PictureStore, picture: str, question: str) -> dict[str, Any]:
-    image = {"type": "image_url", "image_url": {"url": _data_uri(pictures.encoded(picture))}}
-    return {"role": "user", "content": [image, {"type": "text", "text": question}]}
+def _message(pictures: PictureReader, image: Mapping[str, Any], question: str) -> dict[str, Any]:
+    shown = {"type": "image_url", "image_url": {"url": _data_uri(pictures.read(image))}}
+    return {"role": "user", "content": [shown, {"type": "text", "text": question}]}
 
 
 def _data_uri(data: bytes) -> str:

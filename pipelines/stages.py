@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from mmicl_core.config.base import fingerprint
-from mmicl_core.data.files import atomic_directory
+from mmicl_core.data.files import atomic_directory, replace_directory, write_atomic
 
 __all__ = ["Stage", "read_manifest"]
 
@@ -19,7 +19,8 @@ log = logging.getLogger("mmicl")
 
 MANIFEST_FILE = "_manifest.json"
 CONFIG_FILE = "_config.json"
-VERSION = 6
+VERSION = 7
+TOLD = set[Path]()
 
 
 class Stage:
@@ -51,13 +52,29 @@ class Stage:
         `build` returns what the manifest shall say. The folder appears when it is whole.
         """
         if self.complete:
-            log.info("%s: unchanged, reused from %s", self.name, self.folder.name)
-            return read_manifest(self.folder)
+            return self.reuse()
         with atomic_directory(self.folder) as folder:
             manifest = build(folder)
-            (folder / CONFIG_FILE).write_text(_json(self.settings), encoding="utf-8")
-            (folder / MANIFEST_FILE).write_text(_json(manifest), encoding="utf-8")
+            self._describe(folder, manifest)
         return manifest
+
+    def reuse(self) -> dict[str, Any]:
+        """The manifest of a finished stage, which is told once."""
+        if self.folder not in TOLD:
+            log.info("%s: unchanged, reused from %s", self.name, self.folder.name)
+            TOLD.add(self.folder)
+        return read_manifest(self.folder)
+
+    def seal(self, partial: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Turn a folder in which all is made into the stage; gives its manifest."""
+        manifest = {"fingerprint": self.fingerprint} | manifest
+        self._describe(partial, manifest)
+        replace_directory(partial, self.folder)
+        return manifest
+
+    def _describe(self, folder: Path, manifest: dict[str, Any]) -> None:
+        write_atomic(folder / CONFIG_FILE, _json(self.settings))
+        write_atomic(folder / MANIFEST_FILE, _json(manifest))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

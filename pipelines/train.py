@@ -28,8 +28,7 @@ from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import TrainConfig
 from mmicl_core.data.augment import vary_turns
 from mmicl_core.data.files import write_atomic
-from mmicl_core.data.pictures import PictureStore, PixelStore, read_metadata
-from mmicl_core.data.splits import Split
+from mmicl_core.data.pictures import PixelStore, images_of
 from mmicl_core.data.store import ArrayStore
 from mmicl_core.errors import find_mistake
 from mmicl_core.methods import build_method
@@ -39,7 +38,8 @@ from mmicl_core.training.checkpoint import TrainState, has_state, load_state, sa
 from mmicl_core.training.order import RowOrder, share_of_worker
 from mmicl_core.training.step import StepMetrics, learning_rate, train_step
 from pipelines.episodes import read_episodes
-from pipelines.materials import Materials, prepare
+from pipelines.materials import Materials, prepare, training_rows
+from pipelines.pairs import open_corpus
 from pipelines.progress import counting
 from pipelines.stages import Stage
 
@@ -202,11 +202,12 @@ class _Feed:
         self._method, self._run = method, run
         self._states: Lookup = ArrayStore(materials.states) if materials.states else {}
         self._pixels: Lookup = {}
+        self._rows = self._read_rows(materials)
         if method.reads == "pictures" or materials.features is None:
-            self._pixels = PixelStore(PictureStore(materials.pairs), method.backbone.pixels)
+            reader = open_corpus(run.corpus, run.concepts).pictures(materials.pairs)
+            self._pixels = PixelStore(reader, self._images(), method.backbone.pixels)
         # Features that training itself changes are not kept: the method makes them, from pixels.
         self._features = ArrayStore(materials.features) if materials.features else self._pixels
-        self._rows = self._read_rows(materials)
         self._order = RowOrder(
             lambda epoch: method.epoch_order(self._rows, epoch, run.train.seed), run.train.global_batch
         )
@@ -229,9 +230,12 @@ class _Feed:
     def _read_rows(self, materials: Materials) -> list[dict[str, Any]]:
         if materials.episodes is not None:
             return read_episodes(materials.episodes)
-        split = Split.load(materials.corpus)
-        rows = read_metadata(materials.pairs)
-        return [row for row in rows if split.trains_on(row["concept"], row["style"])]
+        return training_rows(materials.catalogue)
+
+    def _images(self) -> Mapping[str, Mapping[str, Any]]:
+        if self._method.reads == "pictures":
+            return {row["picture"]: row["image"] for row in self._rows}
+        return images_of(self._rows)
 
 
 class _Journal:

@@ -6,6 +6,7 @@ is a real LLaVA that is only small, and the engine takes real gradients.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,8 +24,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.nano import build_nano
-from mmicl_core.config.data import CorpusConfig
+from mmicl_core.config.corpus import CorpusConfig
 from mmicl_core.config.model import BackboneConfig
+from mmicl_core.data.catalogue import CATALOGUED, Catalogue, bucket_of, make_bucket, write_bucket
 from mmicl_core.data.names import SYLLABLES
 from mmicl_core.methods.base import Method
 
@@ -39,6 +42,7 @@ __all__ = [
     "random_vision",
     "reading",
     "tiny_backbone",
+    "write_catalogue",
     "write_corpus",
     "write_materials",
     "write_tar",
@@ -138,6 +142,33 @@ def write_corpus(folder: Path, shards: int = 2) -> Path:
     split = {"held_out_concepts": list(TINY_HELD_OUT), "held_out_style": HELD_OUT_STYLE}
     (folder / "split.json").write_text(json.dumps(split), encoding="utf-8")
     return folder
+
+
+def write_catalogue(
+    folder: Path, rows: Iterable[Mapping[str, Any]], min_pictures: int = 1, buckets: int = 1
+) -> Catalogue:
+    """A catalogue of CATALOGUED rows that say `group` and `picture` at least; no two pictures look alike."""
+    rows = [_catalogued(row) for row in rows]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(buckets):
+        here = [row for row in rows if bucket_of(row["group"], buckets) == number]
+        pictures, groups, _ = make_bucket(pa.Table.from_pylist(here, schema=CATALOGUED), min_pictures)
+        write_bucket(folder, number, pictures, groups)
+    return Catalogue(folder)
+
+
+def _catalogued(row: Mapping[str, Any]) -> dict[str, Any]:
+    key = row["picture"].encode()
+    known = {
+        "image": {"path": "corpus:tiny.tar", "member": row["picture"], "offset": 0, "size": 1},
+        "concept": row["group"],
+        "name": row["group"].replace("-", " "),
+        "sha256": hashlib.sha256(key).digest(),
+        "perceptual_hash": int.from_bytes(hashlib.sha256(b"looks " + key).digest()[:8], "big"),
+        "kept_back": False,
+        "held_out": False,
+    }
+    return known | dict(row)
 
 
 def episode_row(pictures: Sequence[str], names: Sequence[str], question: str = "This is") -> dict[str, Any]:

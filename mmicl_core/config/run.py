@@ -9,7 +9,8 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from mmicl_core.config.base import Config, explain
-from mmicl_core.config.data import CorpusConfig, EpisodeConfig
+from mmicl_core.config.corpus import ConceptConfig, CorpusConfig, EmbedderConfig, NeighbourConfig
+from mmicl_core.config.episodes import EpisodeConfig
 from mmicl_core.config.model import AimConfig, BackboneConfig, MethodConfig
 from mmicl_core.config.serve import ServeConfig
 from mmicl_core.config.train import EvaluateConfig, TrainConfig
@@ -22,12 +23,41 @@ class RunConfig(Config):
     """A complete run."""
 
     corpus: CorpusConfig = CorpusConfig()
+    concepts: ConceptConfig = ConceptConfig()
+    embedder: EmbedderConfig | None = None
+    neighbours: NeighbourConfig = NeighbourConfig()
     episodes: EpisodeConfig = EpisodeConfig()
     backbone: BackboneConfig = BackboneConfig()
     method: MethodConfig = AimConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
+
+    @model_validator(mode="after")
+    def _comparing_has_an_embedder(self) -> Self:
+        by_similarity = self.neighbours.by == "similarity"
+        similar = any(task.type == "same_task" and task.choice == "similar" for task in self.episodes.tasks)
+        clusters = self.concepts.by == "clusters"
+        if self.embedder is None and (by_similarity or similar or clusters):
+            what = "neighbours.by 'similarity'" if by_similarity else "concepts.by 'clusters'"
+            what = what if by_similarity or clusters else "a task with choice 'similar'"
+            raise ValueError(f"{what} compares embeddings, but embedder is none: name one")
+        cross = by_similarity and self.neighbours.image_text != 0
+        if cross and self.embedder is not None and self.embedder.type != "dual_encoder":
+            raise ValueError(
+                f"neighbours.image_text ({self.neighbours.image_text}) compares pictures with names, but "
+                f"embedder {self.embedder.type} has no common space for them: set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_turn_of_a_fused_episode_has_a_picture(self) -> Self:
+        if self.method.type == "aim" and any(task.type == "instruction" for task in self.episodes.tasks):
+            raise ValueError(
+                "method aim fuses demonstrations, but episodes.tasks hold 'instruction', which has none and "
+                "goes on about one picture over several turns: leave it out, or train another method"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pairs_stay_together(self) -> Self:

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from mmicl_core.config.base import Config
-from mmicl_core.config.data import Part
+from mmicl_core.config.episodes import Part
 
 __all__ = ["Condition", "EvaluateConfig", "TrainConfig"]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_directory", "file_digest", "folder_digest", "write_atomic"]
+__all__ = ["atomic_directory", "file_digest", "folder_digest", "replace_directory", "write_atomic"]
 
 
 @contextmanager
@@ -26,20 +26,25 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     temporary.chmod(0o755)
     try:
         yield temporary
-        if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            target.rename(retired / target.name)
-            try:
-                temporary.rename(target)
-            except OSError:
-                (retired / target.name).rename(target)
-                raise
-            finally:
-                shutil.rmtree(retired, ignore_errors=True)
-        else:
-            temporary.rename(target)
+        replace_directory(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_directory(source: Path, target: Path) -> None:
+    """Give a folder the name `target`; a folder that has it goes, unless this fails."""
+    if not target.exists():
+        source.rename(target)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(retired / target.name)
+    try:
+        source.rename(target)
+    except OSError:
+        (retired / target.name).rename(target)
+        raise
+    finally:
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def folder_digest(folder: Path, suffixes: tuple[str, ...]) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.config.train import Condition
 from mmicl_core.data.collate import pack
-from mmicl_core.data.episodes import NAME_QUESTION
+from mmicl_core.data.tasks.caption import NAME_QUESTION
 from mmicl_core.methods.aim import Aggregator, fused_prompt, read_demonstrations
 from mmicl_core.methods.base import episode_turns, prompt_embeddings
 from mmicl_core.methods.lcl import full_prompt

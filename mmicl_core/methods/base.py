@@ -66,7 +66,7 @@ class Method(nn.Module, ABC):
         """
         runs: list[list[int]] = []
         for number, row in enumerate(rows):
-            if not runs or rows[runs[-1][0]]["shots"] != row["shots"]:
+            if not runs or rows[runs[-1][0]]["shots_of_both_classes"] != row["shots_of_both_classes"]:
                 runs.append([])
             runs[-1].append(number)
         if epoch:

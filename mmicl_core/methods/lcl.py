@@ -58,7 +58,7 @@ class Lcl(Method):
         for row in rows:
             turns = episode_turns(row)
             prompts.append(full_prompt(self.chat, turns))
-            pictures += [turn.picture for turn in turns]
+            pictures += [turn.picture for turn in turns if turn.picture is not None]
         packed = pack(
             prompts,
             visual_tokens=self.backbone.visual_tokens,

@@ -33,7 +33,7 @@ def test_resumed_work_tells_the_time_left_by_what_it_does_itself(lines: pytest.L
                 time.sleep(SECONDS_A_PIECE)
                 ray.get(counter.add.remote(1, "well"))
         time.sleep(0.3)
-    told = re.findall(r"Working: (\d+) of 1000, (\d+) s left well", lines.text)
+    told = re.findall(r"Working: (\d+) of 1000, [\d.]+/s, (\d+) s left well", lines.text)
     assert told
     done, seconds = map(int, told[-1])
     assert done == 910
@@ -45,4 +45,4 @@ def test_work_that_has_not_begun_tells_no_time(lines: pytest.LogCaptureFixture) 
     with counting("Working", 5) as counter:
         time.sleep(0.4)
         ray.get(counter.add.remote(5))
-    assert "Working: 0 of 5, unknown time left" in lines.text
+    assert "Working: 0 of 5, 0/s, unknown time left" in lines.text

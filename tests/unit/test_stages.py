@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mmicl_core.config.data import EpisodeConfig
+from mmicl_core.config.episodes import EpisodeConfig
 from pipelines.stages import Stage, read_manifest
 
 

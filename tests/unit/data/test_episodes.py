@@ -1,224 +1,213 @@
 from __future__ import annotations
 
+import math
+import random
+from collections import Counter
+from pathlib import Path
 from typing import Any, get_args
 
+import pyarrow as pa
 import pytest
+from scipy.stats import chisquare
 
-from mmicl_core.config.data import EpisodeConfig, Part, ShotStage
-from mmicl_core.data.episodes import Pool, build_pool, draw_episode
-from mmicl_core.data.splits import Split
-from tests.fakes import HELD_OUT_STYLE, TINY_STYLES, pair_rows
+from mmicl_core.config.episodes import EpisodeConfig, Part, ShotStage
+from mmicl_core.data.episodes import draw, draw_shots, render, shot_weights, shots_of
+from mmicl_core.data.pool import Catalogues, Pool, open_pool
+from tests.fakes import HELD_OUT_STYLE, write_catalogue
+from tests.unit.data.draws import (
+    HELD_OUT_CONCEPTS,
+    concept_pool,
+    concept_rows,
+    config_of,
+    draw_rows,
+    near_concepts,
+    reasons_of,
+)
 
-CATS = [f"cat-{number}" for number in range(6)]
-CUPS = [f"cup-{number}" for number in range(6)]
-LONERS = ["sun"]
-STYLES = [*TINY_STYLES, "clay", "wool"]
-SPLIT = Split(frozenset({"cat-0", "cat-1", "cup-0", "cup-1"}), HELD_OUT_STYLE)
-DRAWS = 300
+TASKS = ("two_way", "caption", "interleaved", "same_task", "instruction")
 PARTS: tuple[Part, ...] = get_args(Part)
+DRAWS = 100_000
 
 
-def _rows() -> list[dict[str, Any]]:
-    rows = pair_rows([*CATS, *CUPS, *LONERS], STYLES)
-    for row in rows:
-        kind = "animals" if row["concept"] in CATS else "objects"
-        row |= {"category": kind, "subcategory": row["concept"].partition("-")[0]}
+def _told_rows(group: str) -> list[dict[str, Any]]:
+    """The small corpus again, by document or task."""
+    rows = []
+    for number, row in enumerate(concept_rows()):
+        turns = [{"question": "What?", "answer": row["group"]}, {"question": "How?", "answer": row["style"]}]
+        held_out = row["group"] in HELD_OUT_CONCEPTS or row["style"] == HELD_OUT_STYLE
+        rows.append(
+            row
+            | {"group": f"{group}-{number % 4}", "concept": row["group"], "position": number}
+            | {"text": f"a {row['group']}", "turns": turns, "kept_back": held_out, "held_out": False}
+        )
     return rows
 
 
-def _pool(part: Part = "train", neighbours: int = 100) -> Pool:
-    return build_pool(_rows(), SPLIT, part, neighbours)
+def _whole_pool(folder: Path, config: EpisodeConfig, buckets: int = 1, *, backwards: bool = False) -> Pool:
+    catalogues = {}
+    for grouping, rows in (
+        ("concept", concept_rows()),
+        ("document", _told_rows("page")),
+        ("task", _told_rows("task")),
+    ):
+        given = rows[::-1] if backwards else rows
+        catalogues[grouping] = write_catalogue(folder / grouping, given, buckets=buckets)
+    return open_pool(Catalogues(**catalogues), near_concepts(catalogues["concept"]), config)
 
 
-def _config(shots: int = 3, **settings: Any) -> EpisodeConfig:
-    stages = (ShotStage(episodes=100_000, min_shots=shots, max_shots=shots),)
-    return EpisodeConfig(**({"stages": stages} | settings))
+def _all_tasks(**settings: Any) -> EpisodeConfig:
+    return config_of(4, *({"type": task} for task in TASKS), **settings)
 
 
-def _draw(pool: Pool, config: EpisodeConfig, count: int = DRAWS) -> list[dict[str, Any]]:
-    drawn = [draw_episode(number, pool, config) for number in range(count)]
-    return [episode for episode in drawn if not isinstance(episode, str)]
+def _plans(pool: Pool, config: EpisodeConfig, numbers: range) -> list[Any]:
+    plans = [draw(number, pool, config) for number in numbers]
+    assert not any(isinstance(plan, str) for plan in plans)
+    return plans
 
 
-def _concept(picture: str) -> str:
-    return picture.partition("__")[0]
+def test_episode_is_a_function_of_seed_and_number(tmp_path: Path) -> None:
+    config = _all_tasks()
+    pool = _whole_pool(tmp_path / "one", config)
+    other = _whole_pool(tmp_path / "other", config, backwards=True)
+    forwards = render(_plans(pool, config, range(50)), pool)
+    backwards = render(_plans(other, config, range(49, -1, -1))[::-1], other)
+    assert forwards.equals(backwards)
+    assert forwards != render(_plans(pool, _all_tasks(seed=1), range(50)), pool)
+    links = [str(row["turns"]) for row in forwards.to_pylist() if row["task"] == "two_way"]
+    assert len(set(links)) == len(links) > 5
 
 
-def _style(picture: str) -> str:
-    return picture.partition("__")[2]
+def test_episodes_are_the_same_in_batches_of_any_size(tmp_path: Path) -> None:
+    config = _all_tasks()
+    pool = _whole_pool(tmp_path, config)
+    whole = render(_plans(pool, config, range(60)), pool)
+    for size in (1, 7, 60):
+        batches = [
+            render(_plans(pool, config, range(start, min(start + size, 60))), pool)
+            for start in range(0, 60, size)
+        ]
+        assert pa.concat_tables(batches).equals(whole)
+
+
+def test_episodes_are_the_same_from_any_number_of_buckets(tmp_path: Path) -> None:
+    config = _all_tasks()
+    pools = [_whole_pool(tmp_path / str(buckets), config, buckets) for buckets in (1, 5)]
+    numbers = [pool.section("two_way").catalogue.ids for pool in pools]
+    assert numbers[0] != numbers[1]
+    one, other = (render(_plans(pool, config, range(60)), pool) for pool in pools)
+    assert one.equals(other)
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_pool_holds_exactly_the_pictures_of_its_part(part: Part) -> None:
-    pool = _pool(part)
-    shown = {picture for pictures in pool.shown.values() for picture in pictures}
-    asked = {picture for pictures in pool.asked.values() for picture in pictures}
-    known = part in ("train", "known_concepts")
-    rows = [row for row in _rows() if (row["concept"] in SPLIT.held_out_concepts) != known]
-    drawn_by_hand = {row["picture"] for row in rows if row["style"] == HELD_OUT_STYLE}
-    others = {row["picture"] for row in rows} - drawn_by_hand
-    assert shown == others
-    assert asked == (drawn_by_hand if part in ("known_concepts", "held_out_style") else others)
-
-
-@pytest.mark.parametrize("shots", [1, 4])
-@pytest.mark.parametrize("part", PARTS)
-def test_episode_never_shows_the_picture_that_it_asks_about_and_none_twice(part: Part, shots: int) -> None:
-    episodes = _draw(_pool(part), _config(shots, part=part))
-    assert episodes
+def test_episode_of_any_task_holds_only_what_its_part_may(tmp_path: Path, part: Part) -> None:
+    config = _all_tasks(part=part)
+    episodes = draw_rows(_whole_pool(tmp_path, config), config)
+    assert {episode["task"] for episode in episodes} == set(TASKS)
     for episode in episodes:
-        pictures = [turn["picture"] for turn in episode["turns"]]
-        assert len(pictures) == 2 * shots + 1
-        assert len(set(pictures)) == len(pictures)
-
-
-def test_episode_names_every_picture_by_its_concept_and_asks_for_the_right_name() -> None:
-    rights = set()
-    for episode in _draw(_pool(), _config()):
-        name_of = dict(zip(episode["concepts"], episode["names"], strict=True))
-        assert len(name_of) == 2
+        by_concept = episode["task"] in ("two_way", "caption")
         for turn in episode["turns"]:
-            assert turn["answer"] == name_of[_concept(turn["picture"])]
-        assert episode["answer"] == episode["turns"][-1]["answer"]
-        assert {episode["answer"], episode["other"]} == set(episode["names"])
-        shown = [turn["answer"] for turn in episode["turns"][:-1]]
-        assert all(shown.count(name) == episode["shots"] == 3 for name in episode["names"])
-        rights.add(episode["names"].index(episode["answer"]))
-    assert rights == {0, 1}
+            if turn["picture"] is None:
+                continue
+            concept, _, style = turn["picture"].partition("__")
+            held_out = concept in HELD_OUT_CONCEPTS
+            if part == "train":
+                assert not held_out and style != HELD_OUT_STYLE
+            elif by_concept:
+                assert held_out == part.startswith("held_out")
+            else:
+                assert held_out or style == HELD_OUT_STYLE
 
 
-def test_episode_leaves_no_hint_in_the_order_of_its_demonstrations() -> None:
-    episodes = _draw(_pool(), _config(), 1000)
-    for place in (0, -2):
-        anchor = sum(
-            _concept(episode["turns"][place]["picture"]) == episode["concepts"][0] for episode in episodes
-        )
-        right = sum(episode["turns"][place]["answer"] == episode["answer"] for episode in episodes)
-        # A fair coin leaves 0.5 +- 0.05 in one of 600 runs of 1,000 throws; the seed is fixed.
-        assert 0.45 < anchor / len(episodes) < 0.55
-        assert 0.45 < right / len(episodes) < 0.55
-    orders = {tuple(turn["answer"] == episode["answer"] for turn in episode["turns"]) for episode in episodes}
-    # Three of each class can stand in 20 orders.
-    assert len(orders) == 20
+def test_tasks_are_drawn_by_their_weights(tmp_path: Path) -> None:
+    weights = dict(zip(TASKS, (1, 2, 3, 0.5, 4), strict=True))
+    config = config_of(4, *({"type": task, "weight": weight} for task, weight in weights.items()))
+    pool = _whole_pool(tmp_path, config)
+    tasks = Counter(plan.task for plan in _plans(pool, config, range(2000)))
+    expected = [2000 * weight / sum(weights.values()) for weight in weights.values()]
+    assert chisquare([tasks[task] for task in TASKS], expected).pvalue > 1e-3
 
 
-def test_episode_is_a_function_of_seed_and_number() -> None:
-    pool, config = _pool(), _config()
-    shuffled = build_pool(reversed(_rows()), SPLIT, "train", 100)
-    forwards = [draw_episode(number, pool, config) for number in range(50)]
-    backwards = [draw_episode(number, shuffled, config) for number in reversed(range(50))]
-    assert forwards == backwards[::-1]
-    assert forwards != [draw_episode(number, pool, _config(seed=1)) for number in range(50)]
-    assert forwards[0] != forwards[1] | {"episode": 0}
+def test_reason_begins_with_the_name_of_its_task(tmp_path: Path) -> None:
+    config = config_of(16, {"type": "two_way"}, {"type": "caption"})
+    reasons = reasons_of(concept_pool(tmp_path, config, []), config)
+    assert reasons == {
+        "two_way: fewer than two concepts have 9 pictures",
+        "caption: no concept has a name and a picture",
+    }
 
 
-def test_hard_negative_is_of_the_same_subcategory_where_there_is_one() -> None:
-    pool = _pool()
-    for episode in _draw(pool, _config()):
-        anchor, negative = (pool.concepts[name] for name in episode["concepts"])
-        assert anchor != negative
-        # The sun is alone in its subcategory, and its category is that of the cups.
-        near = anchor.subcategory if anchor.concept != "sun" else "cup"
-        assert negative.subcategory == near
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("part", PARTS)
+def test_part_without_pictures_is_a_reason_for_every_task(tmp_path: Path, task: str, part: Part) -> None:
+    config = config_of(4, {"type": task}, part=part)
+    empty = write_catalogue(tmp_path, [])
+    pool = open_pool(Catalogues(empty, empty, empty), near_concepts(empty), config)
+    (reason,) = reasons_of(pool, config)
+    assert reason is not None and reason.startswith(f"{task}: ")
 
 
-def test_share_of_hard_negatives_is_as_asked() -> None:
-    pool = _pool()
-    episodes = _draw(pool, _config(hard_negative_share=0.0), 1000)
-    other = sum(len({pool.concepts[c].subcategory for c in episode["concepts"]}) == 2 for episode in episodes)
-    # Of 9 concepts (4 cats, 4 cups, the sun) 12 of 36 pairs are of one subcategory; 0.05 is over 3 sigma.
-    assert other / len(episodes) == pytest.approx(24 / 36, abs=0.05)
-
-
-def test_nearer_neighbours_are_drawn_more_often() -> None:
-    pool = _pool()
-    ranks = [
-        pool.neighbours[episode["concepts"][0]].index(episode["concepts"][1])
-        for episode in _draw(pool, _config(), 1000)
-        if episode["concepts"][0] != "sun"
-    ]
-    # Three neighbours with weights 3, 2, 1; 0.05 is three sigma of 900 draws.
-    assert [ranks.count(rank) / len(ranks) for rank in range(3)] == pytest.approx(
-        [3 / 6, 2 / 6, 1 / 6], abs=0.05
-    )
-
-
-@pytest.mark.parametrize("part", ["known_concepts", "held_out_style"])
-def test_held_out_style_is_asked_about_and_never_shown(part: Part) -> None:
-    for episode in _draw(_pool(part), _config(part=part)):
-        *shown, query = [_style(turn["picture"]) for turn in episode["turns"]]
-        assert query == HELD_OUT_STYLE
-        assert HELD_OUT_STYLE not in shown
-
-
-@pytest.mark.parametrize("caption_share", [0.0, 1.0])
-def test_training_episode_holds_nothing_that_is_held_out(caption_share: float) -> None:
-    for episode in _draw(_pool(), _config(caption_share=caption_share)):
-        for turn in episode["turns"]:
-            assert SPLIT.trains_on(_concept(turn["picture"]), _style(turn["picture"]))
-
-
-def test_only_the_query_is_scored_unless_asked() -> None:
-    for episode in _draw(_pool(), _config()):
-        assert [turn["scored"] for turn in episode["turns"]] == [False] * 6 + [True]
-
-
-def test_dense_scoring_marks_the_names_met_before_and_no_first_meeting() -> None:
-    for episode in _draw(_pool(), _config(answers_scored="dense")):
-        names = [turn["answer"] for turn in episode["turns"]]
-        expected = [name in names[:place] for place, name in enumerate(names)]
-        assert [turn["scored"] for turn in episode["turns"]] == expected
-        assert expected.count(False) == 2
-
-
-def test_one_question_stands_beside_all_pictures_of_an_episode() -> None:
-    asked = set()
-    for episode in _draw(_pool(), _config(questions=("This is", "Name:"))):
-        (question,) = {turn["question"] for turn in episode["turns"]}
-        asked.add(question)
-    assert asked == {"This is", "Name:"}
-
-
-def test_shots_follow_the_stages_in_rows_of_equal_number() -> None:
+def test_shots_follow_the_stages_in_rows_of_equal_number(tmp_path: Path) -> None:
     stages = (
-        ShotStage(episodes=20, min_shots=1, max_shots=1),
-        ShotStage(episodes=40, min_shots=2, max_shots=4),
+        ShotStage(episodes=20, min_shots_of_both_classes=2, max_shots_of_both_classes=2),
+        ShotStage(episodes=40, min_shots_of_both_classes=4, max_shots_of_both_classes=8),
     )
     config = EpisodeConfig(stages=stages, same_shots_in_a_row=8)
-    shots = [episode["shots"] for episode in _draw(_pool(), config, config.total)]
-    assert shots[:20] == [1] * 20
+    shots = [row["shots_of_both_classes"] for row in draw_rows(concept_pool(tmp_path, config), config, 60)]
+    assert shots == [shots_of(number, config) for number in range(config.total)]
+    assert shots[:20] == [2] * 20
     rows = [shots[start : start + 8] for start in range(20, 60, 8)]
     assert all(len(set(row)) == 1 for row in rows)
-    assert {row[0] for row in rows} <= {2, 3, 4} and len({row[0] for row in rows}) > 1
+    assert {row[0] for row in rows} <= {4, 6, 8} and len({row[0] for row in rows}) > 1
 
 
-def test_too_few_pictures_are_a_reason_that_names_the_number_needed() -> None:
-    assert draw_episode(0, _pool(), _config(5)) == "fewer than two concepts have 6 pictures"
-    assert isinstance(draw_episode(0, _pool(), _config(4)), dict)
+def test_rows_of_equal_shots_are_drawn_apart_from_each_other_and_by_the_seed() -> None:
+    stages = (ShotStage(episodes=4000, min_shots_of_both_classes=2, max_shots_of_both_classes=8),) * 2
+    one, other = (EpisodeConfig(stages=stages, same_shots_in_a_row=2, seed=seed) for seed in (0, 1))
+    shots, others = ([shots_of(n, config) for n in range(0, 8000, 2)] for config in (one, other))
+    assert shots != others and shots[:2000] != shots[2000:]
+    assert chisquare([shots.count(k) for k in (2, 4, 6, 8)]).pvalue > 1e-3
 
 
-def test_an_anchor_whose_neighbours_are_all_too_poor_is_a_reason() -> None:
-    rows = [row for row in _rows() if row["concept"] in ("cat-2", "cup-2") or row["style"] == "ink"]
-    pool = build_pool(rows, SPLIT, "train", 100)
-    assert draw_episode(0, pool, _config()) == "no neighbour has 4 pictures"
+@pytest.mark.parametrize("preset", ["2-way-random", "2-way-weight", "released-2way-random-shot"])
+def test_shots_of_a_preset_are_drawn_by_its_weights(preset: str) -> None:
+    (stage,) = EpisodeConfig(preset=preset).stages
+    rng = random.Random(0)
+    drawn = Counter(draw_shots(stage, rng) for _ in range(DRAWS))
+    weights = shot_weights(stage)
+    assert set(drawn) <= set(weights)
+    expected = {k: DRAWS * weight / sum(weights.values()) for k, weight in weights.items()}
+    # Chi-square wants five expected draws in a cell: rarer ones are counted together.
+    common = [k for k in expected if expected[k] >= 5]
+    observed = [drawn[k] for k in common]
+    counted = [expected[k] for k in common]
+    if len(common) < len(weights):
+        observed.append(DRAWS - sum(observed))
+        counted.append(DRAWS - sum(counted))
+    assert chisquare(observed, counted).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("caption_share", [0.0, 1.0])
-def test_a_part_without_pictures_is_a_reason(caption_share: float) -> None:
-    empty = build_pool([], SPLIT, "train", 100)
-    assert isinstance(draw_episode(0, empty, _config(caption_share=caption_share)), str)
+def test_shot_weights_are_the_constants_of_the_paper_and_of_its_code() -> None:
+    def chances(preset: str) -> dict[int, float]:
+        weights = shot_weights(EpisodeConfig(preset=preset).stages[0])
+        return {k: weight / sum(weights.values()) for k, weight in weights.items()}
+
+    weighted = chances("2-way-weight")
+    by_hand = {k: math.exp(k) / sum(math.exp(m) for m in range(2, 17)) for k in range(2, 17)}
+    assert weighted == pytest.approx(by_hand)
+    assert [round(weighted[k], 4) for k in (16, 15)] == [0.6321, 0.2325]
+    assert chances("2-way-random") == pytest.approx(dict.fromkeys(range(2, 17), 1 / 15))
+    # The code weighs s = k / 2 shots of each class, 1 to 16, by exp(s / 2).
+    released = chances("released-2way-random-shot")
+    assert [*released] == [2 * s for s in range(1, 17)]
+    assert [round(released[2 * s], 3) for s in (16, 15, 14, 13)] == [0.394, 0.239, 0.145, 0.088]
+    assert chances("2-way") == {16: 1.0}
 
 
-def test_caption_episode_tells_the_truth_about_as_many_pictures_as_a_link_episode() -> None:
-    pool = _pool()
-    questions = set()
-    for episode in _draw(pool, _config(caption_share=1.0)):
-        assert episode["task"] == "caption" and len(episode["turns"]) == 7
-        for turn in episode["turns"]:
-            concept = pool.concepts[_concept(turn["picture"])]
-            assert turn["scored"]
-            assert turn["answer"].startswith(concept.name)
-            described = turn["question"] == "Describe it:"
-            assert described == (concept.subcategory in turn["answer"].removeprefix(concept.name))
-            questions.add(turn["question"])
-    assert questions == {"Name it:", "Describe it:"}
+@pytest.mark.parametrize("growth", [-50.0, 50.0])
+def test_shot_weights_of_steep_growth_stay_finite(growth: float) -> None:
+    stage = ShotStage(
+        episodes=1, min_shots_of_both_classes=2, max_shots_of_both_classes=128, odd_shots=True, growth=growth
+    )
+    weights = shot_weights(stage)
+    assert max(weights.values()) == 1 and all(map(math.isfinite, weights.values()))
+    assert draw_shots(stage, random.Random(0)) == (128 if growth > 0 else 2)

@@ -1,0 +1,228 @@
+"""Stages made of parts: many workers make them side by side, and a kill costs only what was being made.
+
+A part is a piece of work with a name. Its files are written under a temporary name and moved to their
+place, and the note of its counts is moved last: a part without its note is made again, and gives the same
+bytes. Until all parts are there, a stage lies in `NAME.partial`; then it takes its name.
+
+    NAME.partial/.notes/PART.json     files with rows and SHA-256, counts
+    NAME/_manifest.json               all of them, summed up
+
+What a part holds depends on its description alone, never on who made it, in which order or beside what.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+
+from mmicl_core.data.files import file_digest, write_atomic
+from mmicl_core.data.schema import SCHEMA_VERSION
+from pipelines.progress import counting
+from pipelines.stages import Stage
+
+__all__ = ["Build", "Counts", "Pool", "add_counts", "finish_parts", "make_parts", "run_parts"]
+
+log = logging.getLogger("mmicl")
+
+NOTES = ".notes"
+MOST_BLOCKS = 2000
+
+Counts = dict[str, Any]
+
+
+class Build(Protocol):
+    """Makes a part: writes its files into a folder."""
+
+    def __call__(self, part: Mapping[str, Any], folder: Path) -> tuple[dict[str, int], Counts]:
+        """The rows of each file by its name, and what was counted."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A pool of processes that each load something once: `make(*arguments)` gives a `Build`."""
+
+    make: Callable[..., Build]
+    arguments: tuple[Any, ...]
+    gpu: bool = False
+    """Whether each process takes a GPU where there is one."""
+
+
+def run_parts(
+    stage: Stage,
+    parts: Sequence[Mapping[str, Any]],
+    build: Build | Pool,
+    *,
+    title: str,
+    total: int,
+    summarise: Callable[[Counts], Counts] = lambda counts: counts,
+    check: Callable[[Counts], None] = lambda counts: None,
+    blocks: int = MOST_BLOCKS,
+) -> dict[str, Any]:
+    """Make the parts that are missing; give the manifest.
+
+    Args:
+        parts: descriptions, each with a `name` that is unique in the stage, and `size`, what it adds to
+            the progress.
+        build: makes one part; a function, or a pool of processes.
+        total: of the progress: the sum of all sizes.
+        summarise: all counts -> what the manifest says of them.
+        check: raises where too much is wrong; called with the counts so far after every part, and with all
+            of them and `complete` at last.
+        blocks: most pieces that Ray Data hands out; it changes nothing in the result.
+    """
+    if stage.complete:
+        return stage.reuse()
+    make_parts(stage, parts, build, title=title, total=total, check=check, blocks=blocks)
+    return finish_parts(stage, parts, summarise=summarise, check=check)
+
+
+def make_parts(
+    stage: Stage,
+    parts: Sequence[Mapping[str, Any]],
+    build: Build | Pool,
+    *,
+    title: str,
+    total: int,
+    check: Callable[[Counts], None] = lambda counts: None,
+    blocks: int = MOST_BLOCKS,
+) -> Path:
+    """Make the parts that are missing, and give the folder that they lie in until the stage is finished."""
+    folder = stage.folder.with_name(f"{stage.folder.name}.partial")
+    (folder / NOTES).mkdir(parents=True, exist_ok=True)
+    missing = [part for part in parts if not _note(folder, part).is_file()]
+    if len(missing) < len(parts):
+        log.info("%s: %d of %d parts are there already", stage.name, len(parts) - len(missing), len(parts))
+    if missing:
+        before = total - sum(int(part["size"]) for part in missing)
+        with counting(title, total) as counter:
+            if before:
+                ray.get(counter.resume.remote(before))
+            _make(missing, build, folder, counter, check, blocks)
+    return folder
+
+
+def finish_parts(
+    stage: Stage,
+    parts: Sequence[Mapping[str, Any]],
+    *,
+    summarise: Callable[[Counts], Counts] = lambda counts: counts,
+    check: Callable[[Counts], None] = lambda counts: None,
+    drop: str = "",
+) -> dict[str, Any]:
+    """Turn what `make_parts` made into the stage; give the manifest.
+
+    Args:
+        drop: a glob of files that were only needed on the way.
+    """
+    folder = stage.folder.with_name(f"{stage.folder.name}.partial")
+    files: dict[str, Any] = {}
+    counts: Counts = {}
+    for part in parts:
+        told = json.loads(_note(folder, part).read_text(encoding="utf-8"))
+        files |= told["files"]
+        counts = add_counts(counts, told["counts"])
+    check(counts | {"complete": True})
+    lasting = {name: about for name, about in sorted(files.items()) if not fnmatchcase(name, drop)}
+    manifest = stage.seal(folder, {"schema_version": SCHEMA_VERSION, "files": lasting} | summarise(counts))
+    # From here on the stage is there, and a kill only leaves behind what nobody reads.
+    for passing in files.keys() - lasting.keys():
+        (stage.folder / passing).unlink()
+    for leftover in stage.folder.glob(".making-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(stage.folder / NOTES)
+    return manifest
+
+
+def add_counts(one: Counts, other: Counts) -> Counts:
+    """The sum of two counts, nested alike."""
+    total = dict(one)
+    for key, value in other.items():
+        if isinstance(value, dict):
+            total[key] = add_counts(total.get(key, {}), value)
+        else:
+            total[key] = total.get(key, 0) + value
+    return total
+
+
+def _make(
+    missing: Sequence[Mapping[str, Any]],
+    build: Build | Pool,
+    folder: Path,
+    counter: Any,
+    check: Callable[[Counts], None],
+    blocks: int,
+) -> None:
+    rows = [{"part": json.dumps(part)} for part in missing]
+    described = ray.data.from_items(rows, override_num_blocks=min(len(rows), blocks))
+    if isinstance(build, Pool):
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if build.gpu else 0
+        done = described.map_batches(
+            _Maker,
+            batch_size=1,
+            fn_constructor_args=(build, folder, counter),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(gpus or cpus, len(rows)))),
+            num_cpus=1,
+            num_gpus=1 if gpus else 0,
+        )
+    else:
+        made = partial(_make_batch, build=build, folder=folder, counter=counter)
+        done = described.map_batches(made, batch_size=1)
+    counts: Counts = {}
+    for row in done.iter_rows():
+        counts = add_counts(counts, json.loads(row["counts"]))
+        check(counts)
+
+
+def _make_batch(
+    batch: dict[str, Any], *, build: Build, folder: Path, counter: Any
+) -> dict[str, np.ndarray[Any, Any]]:
+    counts = [_make_part(json.loads(part), build, folder) for part in batch["part"]]
+    ray.get(counter.add.remote(sum(int(json.loads(part)["size"]) for part in batch["part"])))
+    return {"counts": np.array([json.dumps(count) for count in counts])}
+
+
+class _Maker:
+    def __init__(self, pool: Pool, folder: Path, counter: Any) -> None:
+        self._build = pool.make(*pool.arguments)
+        self._folder, self._counter = folder, counter
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        return _make_batch(batch, build=self._build, folder=self._folder, counter=self._counter)
+
+
+def _make_part(part: Mapping[str, Any], build: Build, folder: Path) -> Counts:
+    note = _note(folder, part)
+    if note.is_file():
+        # A worker that was lost after its last part leaves finished ones behind.
+        told: Counts = json.loads(note.read_text(encoding="utf-8"))["counts"]
+        return told
+    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder))
+    try:
+        rows, counts = build(part, temporary)
+        files = {
+            name: {"rows": count, "sha256": file_digest(temporary / name)}
+            for name, count in sorted(rows.items())
+        }
+        for name in files:
+            (temporary / name).replace(folder / name)
+        write_atomic(note, json.dumps({"files": files, "counts": counts}))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return counts
+
+
+def _note(folder: Path, part: Mapping[str, Any]) -> Path:
+    return folder / NOTES / f"{part['name']}.json"
