@@ -136,13 +136,14 @@ def _fit_clusters(pairs: Stage, looked: Stage, config: ConceptConfig, root: Path
 
     def build(folder: Path) -> dict[str, Any]:
         fit = ray.remote(_fit).options(num_cpus=1)
-        return dict(ray.get(fit.remote(looked.folder, folder, config)))
+        counts: dict[str, Any] = ray.get(fit.remote(looked.folder, folder, config))
+        return counts
 
     stage.run(build)
     return stage
 
 
-def _fit(looked: Path, folder: Path, config: ConceptConfig) -> dict[str, int]:
+def _fit(looked: Path, folder: Path, config: ConceptConfig) -> dict[str, Any]:
     total = read_manifest(looked)["read"]
     chosen = []
     for file, vectors in zip(
@@ -220,7 +221,7 @@ def _find_repeats(
     for side in ("shown", "held"):
         files = (np.load(partial_folder / f"{side}-{name}.npy", mmap_mode="r") for name in names)
         sides.append([np.array(in_range(hashes, part["number"], part["count"])) for hashes in files])
-    placeholders, twins = find_repeats(*sides, most=most)
+    placeholders, twins = find_repeats(sides[0], sides[1], most)
     found = {f"placeholders-{part['number']:05d}.npy": placeholders, f"twins-{part['number']:05d}.npy": twins}
     for name, hashes in found.items():
         np.save(folder / name, hashes)
@@ -246,10 +247,10 @@ def _give_part(
     pairs = pq.read_table(described.pairs.folder / f"pairs-{name}.parquet", columns=list(PAIR_COLUMNS))
     looked = _read_arrow(described.looked.folder / f"looked-{name}.arrow")
     concepts = _read_arrow(described.concepts.folder / f"concepts-{name}.arrow")
-    hashes = (_read_hashes(described.concepts.folder, kind) for kind in ("placeholders", "twins"))
-    rows, left_out = catalogued(
-        pairs, looked, concepts, grouping, described.corpus.split, *hashes, file=part["file"]
-    )
+    placeholders = _read_hashes(described.concepts.folder, "placeholders")
+    twins = _read_hashes(described.concepts.folder, "twins")
+    split = described.corpus.split
+    rows, left_out = catalogued(pairs, looked, concepts, grouping, split, placeholders, twins, part["file"])
     with pa.ipc.new_file(str(folder / f"exchange-{name}.arrow"), rows.schema) as writer:
         for batch in split_by_bucket(rows, buckets):
             writer.write_batch(batch)

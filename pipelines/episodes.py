@@ -9,7 +9,7 @@ workers, and one episode can be drawn again by its id alone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from mmicl_core.config.corpus import ConceptConfig, EmbedderConfig, NeighbourCon
 from mmicl_core.config.episodes import EpisodeConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.data.catalogue import Catalogue
-from mmicl_core.data.episodes import draw
+from mmicl_core.data.episodes import draw, shots_of
 from mmicl_core.data.grouping import Grouping
 from mmicl_core.data.neighbours import Neighbours
 from mmicl_core.data.plans import render
@@ -39,10 +39,13 @@ from pipelines.parts import Counts, run_parts
 from pipelines.stages import Stage, read_manifest
 
 __all__ = [
+    "DrawnEpisodes",
+    "PoolFolders",
     "Source",
     "build_episodes",
     "corpus_counts",
     "describe",
+    "pool_folders",
     "read_episodes",
     "redraw",
     "stream_episodes",
@@ -110,7 +113,7 @@ def build_episodes(source: Source, config: EpisodeConfig, root: Path) -> Stage:
     Raises:
         DataError: not one could be drawn.
     """
-    folders, made_of = _pool_folders(source, config)
+    folders, made_of = pool_folders(source, config)
     stage = Stage(
         root,
         "episodes",
@@ -138,7 +141,7 @@ def stream_episodes(source: Source, config: EpisodeConfig) -> ray.data.Dataset:
 
     Numbers that cannot be drawn are left out; `build_episodes` counts them.
     """
-    folders, _ = _pool_folders(source, config)
+    folders, _ = pool_folders(source, config)
     draw_batch = partial(_draw_batch, folders=folders, config=config)
     return ray.data.range(config.total).map_batches(
         draw_batch, batch_size=config.episodes_per_file, batch_format="pyarrow"
@@ -151,10 +154,51 @@ def redraw(source: Source, config: EpisodeConfig, number: int) -> dict[str, Any]
     Raises:
         DataError: it is one of those that cannot be drawn.
     """
-    table, reasons = _draw([number], *_pool_folders(source, config)[:1], config)
+    table, reasons = _draw([number], *pool_folders(source, config)[:1], config)
     if reasons:
         raise DataError(f"episode {config.seed}-{number} cannot be drawn: {reasons[0][1]}")
     return dict(table.to_pylist()[0])
+
+
+class DrawnEpisodes(Sequence[dict[str, Any]]):
+    """The episodes of a configuration, each drawn when it is read.
+
+    In place of a number that cannot be drawn stands the next one that can; `replaced` counts these by reason.
+    """
+
+    def __init__(self, folders: PoolFolders, config: EpisodeConfig) -> None:
+        self._folders, self._config = folders, config
+        self.replaced: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return self._config.total
+
+    def __getitem__(self, number: Any) -> Any:
+        for ahead in range(len(self)):
+            drawn, reasons = _draw([(number + ahead) % len(self)], self._folders, self._config)
+            if not reasons:
+                return drawn.to_pylist()[0]
+            self.replaced[reasons[0][1]] += 1
+        raise DataError(f"not one of {len(self)} episodes can be drawn: {dict(self.replaced)}")
+
+    def outline(self) -> list[dict[str, Any]]:
+        """Of each episode what is known without drawing it."""
+        return [{"shots_of_both_classes": shots_of(n, self._config)} for n in range(len(self))]
+
+    def images(self) -> dict[str, Any]:
+        """Where all pictures lie that an episode may hold: IMAGE references by key."""
+        images: dict[str, Any] = {}
+        for _, folder in self._folders.catalogues:
+            catalogue = Catalogue(folder)
+            groups = range(len(catalogue))
+            shown = [
+                n for group in groups if not catalogue.held_out[group] for n in catalogue.pictures(group)
+            ]
+            table = catalogue.take(shown, ["picture", "image"])
+            images |= dict(
+                zip(table.column("picture").to_pylist(), table.column("image").to_pylist(), strict=True)
+            )
+        return images
 
 
 def read_episodes(folder: Path) -> list[dict[str, Any]]:
@@ -164,7 +208,8 @@ def read_episodes(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _pool_folders(source: Source, config: EpisodeConfig) -> tuple[PoolFolders, list[str]]:
+def pool_folders(source: Source, config: EpisodeConfig) -> tuple[PoolFolders, list[str]]:
+    """Where the episodes of `config` are drawn from, and the fingerprints of that."""
     stages = {grouping: source.catalogue(grouping) for grouping in needed_groupings(config)}
     neighbours = source.neighbour_concepts() if "concept" in stages else None
     folders = PoolFolders(

@@ -1,6 +1,6 @@
-"""A look at a corpus and at episodes: faults, numbers, pages, one episode drawn again.
+"""A look at a corpus and at episodes: numbers, pages, one episode drawn again.
 
-    describe --> stages --read files one at a time--> counts with examples, quantiles, thumbnails, difficulty
+    describe --> stages --read files one at a time--> counts, quantiles, thumbnails, difficulty
 
 The stages are those of training: whatever is there is reused, and what is made here is reused there. Each
 program gives plain values; pages are files of their own.
@@ -9,12 +9,11 @@ program gives plain values; pages are files of their own.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmicl_core.config.episodes import EpisodeConfig
@@ -25,16 +24,8 @@ from mmicl_core.data.episodes import needed_groupings, parse_id
 from mmicl_core.data.files import write_atomic
 from mmicl_core.data.neighbours import Neighbours
 from mmicl_core.data.prototypes import gather_embeddings
-from mmicl_core.data.reasons import CHOICES
 from mmicl_core.data.sampling import sample_episodes, sample_pictures
-from mmicl_core.data.survey import (
-    find_examples,
-    iter_left_out,
-    iter_remarkable,
-    name_groups,
-    survey_groups,
-    survey_pairs,
-)
+from mmicl_core.data.survey import name_groups, survey_groups, survey_pairs
 from mmicl_core.errors import DataError
 from mmicl_core.evaluation.difficulty import add_intervals
 from mmicl_core.evaluation.pages import thumbnail
@@ -46,51 +37,25 @@ from mmicl_core.evaluation.preview import (
 )
 from pipelines.catalogue import Described
 from pipelines.episodes import Source, build_episodes, describe, redraw
+from pipelines.lint import lint_corpus, look_through, printable, reference
 from pipelines.pairs import read_embedding_files
 from pipelines.stages import Stage, read_manifest
 
 __all__ = [
+    "corpus_stats",
     "lint_corpus",
     "measure_episodes",
     "preview_corpus",
     "preview_episodes",
     "show_episode",
-    "survey_corpus",
 ]
 
 log = logging.getLogger("mmicl")
 
-EXAMPLES = 3
 MEASURED_EPISODES = 2000
-MOST_TOLD = 160
 
 
-def lint_corpus(run: RunConfig, root: Path) -> dict[str, Any]:
-    """Read a corpus to its end, whatever is wrong with it; say what is, with examples.
-
-    Returns:
-        Samples `read`, and how many each stage `kept`; `reasons` and `remarks` with `count`, `share` of what
-        was read, and `examples`; the `fault_share`, and whether the corpus has `passed`: whether that is
-        within `corpus.max_skipped_share`. A table of it goes to the log.
-    """
-    lenient = run.corpus.model_copy(update={"max_skipped_share": 1.0})
-    source = describe(run.model_copy(update={"corpus": lenient}), root)
-    found = _look_through(source, run.episodes)
-    read, most = found["read"], run.corpus.max_skipped_share
-    faults = sum(reason["count"] for reason in found["reasons"] if reason["fault"])
-    result = {
-        "corpus": run.corpus.path,
-        **found,
-        "fault_share": faults / read if read else 0.0,
-        "max_skipped_share": most,
-        "passed": faults <= most * read,
-    }
-    for line in _table(result):
-        log.info("%s", line)
-    return result
-
-
-def survey_corpus(run: RunConfig, root: Path) -> dict[str, Any]:
+def corpus_stats(run: RunConfig, root: Path) -> dict[str, Any]:
     """Numbers of a corpus: what was kept, sizes, captions, formats, licences, groups."""
     source = describe(run, root)
     described = source.described
@@ -120,7 +85,7 @@ def preview_corpus(
     """
     source = describe(run, root)
     described = source.described
-    found = _look_through(source, run.episodes)
+    found = look_through(source, run.episodes)
     thumbnails = _Thumbnails(described)
     folders = {"pairs": described.pairs, "looked": described.looked, "concepts": described.concepts}
     files = read_manifest(described.pairs.folder)["files"]
@@ -151,8 +116,9 @@ def show_episode(run: RunConfig, root: Path, episode: str) -> dict[str, Any]:
         episode: its id, `SEED-NUMBER`.
 
     Returns:
-        The `episode`, bytes in hex digits; the folder of the dataset (`written`) and whether its row is
-        `equal`; both are None where there is no dataset.
+        The `episode`, bytes in hex digits; the folder of the dataset (`written`), whether its row is the
+        same (`equals_written`), and which columns are not (`differs_in`). Where there is no dataset, the
+        first two are None.
 
     Raises:
         DataError: the id is none of this recipe, or its number cannot be drawn.
@@ -171,11 +137,11 @@ def show_episode(run: RunConfig, root: Path, episode: str) -> dict[str, Any]:
         )
     source = describe(run, root)
     row, stage = redraw(source, config, number), _dataset(source, config, root)
-    shown = {"episode": _plain(row), "written": None, "equal": None, "differs_in": []}
+    shown = {"episode": _plain(row), "written": None, "equals_written": None, "differs_in": []}
     if stage.complete:
         kept = _read_row(stage.folder, config, number) or {}
         differing = [name for name, value in row.items() if kept.get(name) != value]
-        shown |= {"written": str(stage.folder), "equal": not differing, "differs_in": differing}
+        shown |= {"written": str(stage.folder), "equals_written": not differing, "differs_in": differing}
     return shown
 
 
@@ -240,87 +206,8 @@ class _Thumbnails:
             return thumbnail(self._pictures.read(image), self._max_pixels)
         except DataError as error:
             if not quiet:
-                log.warning("%s has nothing to show: %s", _reference(image), _printable(str(error)))
+                log.warning("%s has nothing to show: %s", reference(image), printable(str(error)))
             return None
-
-
-def _look_through(source: Source, config: EpisodeConfig) -> dict[str, Any]:
-    """Counts of all stages, with examples of what was left out or is unusual."""
-    described = source.described
-    pairs, looked = described.pairs.folder, described.looked.folder
-    read = read_manifest(pairs)["read"]
-    left_out: dict[str, tuple[Path, Iterable[pa.Table]]] = {
-        "reading": (pairs, iter_left_out(pairs)),
-        "looking": (looked, iter_remarkable(pairs, looked, described.parts, "skipped")),
-    }
-    for grouping in needed_groupings(config):
-        folder = source.catalogue(grouping).folder
-        left_out[f"grouping by {grouping}"] = (folder, iter_left_out(folder))
-    kept, reasons = {}, []
-    for stage, (folder, tables) in left_out.items():
-        manifest = read_manifest(folder)
-        kept[stage] = manifest["kept"]
-        reasons += [
-            {"stage": stage, "reason": reason, "fault": reason not in CHOICES, **counted}
-            for reason, counted in _exemplify(manifest["skipped"], tables, "skipped", read).items()
-        ]
-    remarkable = iter_remarkable(pairs, looked, described.parts, "remark")
-    remarks = _exemplify(read_manifest(looked)["remarks"], remarkable, "remark", read)
-    return {"read": read, "kept": kept, "reasons": reasons, "remarks": remarks}
-
-
-def _exemplify(
-    counts: Mapping[str, int], tables: Iterable[pa.Table], column: str, read: int
-) -> dict[str, dict[str, Any]]:
-    examples = find_examples(tables, column, counts, EXAMPLES)
-    return {
-        value: {
-            "count": count,
-            "share": count / read,
-            "examples": [
-                {"picture": row["picture"], "image": row["image"], "detail": row["detail"]}
-                for row in examples[value]
-            ],
-        }
-        for value, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    }
-
-
-def _table(result: Mapping[str, Any]) -> Iterable[str]:
-    yield f"{result['read']} samples read from {_printable(result['corpus'])}"
-    for stage, kept in result["kept"].items():
-        yield f"{kept:>9} kept in {stage}"
-        for reason in result["reasons"]:
-            if reason["stage"] == stage:
-                kind = "fault" if reason["fault"] else "choice"
-                yield from _lines(f"{reason['reason']} ({kind})", reason)
-    for remark, counted in result["remarks"].items():
-        yield from _lines(f"{remark} (remark)", counted)
-    verdict = "within" if result["passed"] else "above"
-    yield (
-        f"{100 * result['fault_share']:.3g} % of the samples are faults, {verdict} corpus.max_skipped_share "
-        f"({result['max_skipped_share']})"
-    )
-
-
-def _lines(label: str, counted: Mapping[str, Any]) -> Iterable[str]:
-    yield f"{counted['count']:>9} {100 * counted['share']:>6.2f} %  {label}"
-    for example in counted["examples"]:
-        detail = f": {example['detail']}" if example["detail"] else ""
-        told = f"{example['picture']} in {_reference(example['image'])}{detail}"
-        yield f"{'':>20}{_printable(told)}"
-
-
-def _reference(image: Mapping[str, Any] | None) -> str:
-    if image is None:
-        return "no file"
-    return image["path"] + (f" ({image['member']})" if image["member"] else "")
-
-
-def _printable(told: str) -> str:
-    """One line without what would move a terminal's cursor: names come from a stranger's files."""
-    line = "".join(letter if letter.isprintable() else "?" for letter in told)
-    return line if len(line) <= MOST_TOLD else line[: MOST_TOLD - 3] + "..."
 
 
 def _shown(row: Mapping[str, Any], small: bytes | None) -> ShownPicture:

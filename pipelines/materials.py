@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image
 
@@ -22,7 +23,15 @@ from mmicl_core.data.tasks.caption import DESCRIBE_QUESTION, NAME_QUESTION
 from mmicl_core.errors import ConfigError
 from mmicl_core.methods import METHODS
 from mmicl_core.methods.supcon import load_vision_tower, tower_identity
-from pipelines.episodes import Source, build_episodes, describe, read_episodes
+from pipelines.episodes import (
+    DrawnEpisodes,
+    PoolFolders,
+    Source,
+    build_episodes,
+    describe,
+    pool_folders,
+    read_episodes,
+)
 from pipelines.features import encode_demonstrations, encode_pictures, teach_pictures
 from pipelines.stages import Stage
 
@@ -43,19 +52,30 @@ class Materials:
     episodes: Path | None = None
     features: Path | None = None
     states: Path | None = None
+    drawn_from: str | None = None
+    """Fingerprints of what streamed episodes are drawn from."""
 
     def names(self) -> dict[str, str]:
         """What the materials are, wherever they lie: folder names end in fingerprints."""
-        names = {name: path.name for name, path in vars(self).items() if path is not None}
+        names = {name: Path(path).name for name, path in vars(self).items() if path is not None}
         return names | {"backbone": backbone_identity(self.backbone)}
+
+    @classmethod
+    def read(cls, plain: Mapping[str, str]) -> Self:
+        """What `plain` gave."""
+        paths: dict[str, Any] = {name: Path(path) for name, path in plain.items() if name != "drawn_from"}
+        return cls(**paths, drawn_from=plain.get("drawn_from"))
 
     def plain(self) -> dict[str, str]:
         """For the way to another process."""
         return {name: str(path) for name, path in vars(self).items() if path is not None}
 
 
-def prepare(run: RunConfig, root: Path) -> Materials:
+def prepare(run: RunConfig, root: Path) -> tuple[Materials, PoolFolders | None]:
     """Make whatever the method of `run` reads and is not there yet.
+
+    Returns:
+        The materials; and where episodes are drawn from, if they are streamed and not among those.
 
     Raises:
         ConfigError: the run would train on what is held out.
@@ -74,19 +94,35 @@ def prepare(run: RunConfig, root: Path) -> Materials:
             images = {row["picture"]: row["image"] for row in training_rows(concepts.folder)}
             teacher, side = resolve(run.method.teacher), run.method.teacher_pixels
             features = teach_pictures(source.described, teacher, side, images, root).folder
-        return replace(common, features=features)
+        return replace(common, features=features), None
+    if run.episodes.streamed:
+        return _prepare_stream(run, source, common, root)
     episodes = build_episodes(source, run.episodes, root)
     rows = read_episodes(episodes.folder)
     states = None
     if METHODS[run.method.type].needs_states:
         states = encode_demonstrations(source.described, backbone, rows, episodes.fingerprint, root).folder
     if isinstance(run.method, LclConfig) and run.method.train_vision_tower:
-        return replace(common, episodes=episodes.folder)
+        return replace(common, episodes=episodes.folder), None
     # A demonstration whose states are known is never looked at again; its query is.
     shown = [row | {"turns": row["turns"][-1:]} for row in rows] if states else rows
     variants = run.train.picture_variants
     features = encode_pictures(source.described, backbone, images_of(shown), variants, root).folder
-    return replace(common, episodes=episodes.folder, features=features, states=states)
+    return replace(common, episodes=episodes.folder, features=features, states=states), None
+
+
+def _prepare_stream(
+    run: RunConfig, source: Source, common: Materials, root: Path
+) -> tuple[Materials, PoolFolders]:
+    """Episodes are drawn when a step reads them: every picture may be met, and no demonstration is known."""
+    folders, made_of = pool_folders(source, run.episodes)
+    materials = replace(common, drawn_from="-".join(made_of))
+    if isinstance(run.method, LclConfig) and run.method.train_vision_tower:
+        return materials, folders
+    images = DrawnEpisodes(folders, run.episodes).images()
+    variants = run.train.picture_variants
+    features = encode_pictures(source.described, common.backbone, images, variants, root)
+    return replace(materials, features=features.folder), folders
 
 
 def open_backbone(config: BackboneConfig, source: Source, root: Path) -> Path:

@@ -62,7 +62,7 @@ def find_neighbours(
         average = Pool(_Averager, (catalogue.folder, looked.folder, config, embedder, backbone), gpu=True)
     folder = make_parts(stage, pieces, average, title="Averaging concepts", total=concepts)
     index = [{"name": "index", "size": concepts}] if config.search == "approximate" else []
-    known = {"catalogue": catalogue.folder, "partial_folder": folder, "config": config}
+    known: dict[str, Any] = {"catalogue": catalogue.folder, "partial_folder": folder, "config": config}
     make_parts(stage, index, partial(_build_index, **known), title="Sorting concepts", total=concepts)
     blocks = _pieces("neighbours", concepts, ROWS_OF_A_BLOCK)
     make_parts(stage, blocks, partial(_rank_block, **known), title="Finding neighbours", total=concepts)
@@ -116,6 +116,7 @@ class _Averager:
         backbone: Path,
     ) -> None:
         import torch
+
         from mmicl_core.embedders import build_embedder
 
         torch.set_num_threads(1)

@@ -33,7 +33,14 @@ from mmicl_core.errors import DataError
 from pipelines.parts import Counts, Pool, run_parts
 from pipelines.stages import Stage, read_manifest
 
-__all__ = ["Corpus", "look_at_pairs", "open_corpus", "read_embedding_files", "read_pairs"]
+__all__ = [
+    "Corpus",
+    "look_at_pairs",
+    "look_at_part",
+    "open_corpus",
+    "read_embedding_files",
+    "read_pairs",
+]
 
 CHECKED_AFTER = 10_000
 
@@ -103,7 +110,7 @@ def look_at_pairs(
         for name, about in files.items()
         if name.startswith("pairs-")
     ]
-    look: Any = partial(_look_at_part, corpus=corpus, pairs=pairs.folder)
+    look: Any = partial(look_at_part, corpus=corpus, pairs=pairs.folder)
     if embedder is not None:
         look = Pool(_EmbeddingLook, (corpus, pairs.folder, embedder, backbone), gpu=True)
     run_parts(
@@ -168,9 +175,10 @@ def _read_part(part: Mapping[str, Any], folder: Path, *, corpus: Corpus) -> tupl
         return write_pairs(rows, name, folder, count, fetcher)
 
 
-def _look_at_part(
+def look_at_part(
     part: Mapping[str, Any], folder: Path, *, corpus: Corpus, pairs: Path, embedder: Any = None
 ) -> tuple[dict[str, int], Counts]:
+    """Look at one file of pairs: `looked-NAME.arrow`, and `embedded-NAME.npy` where there is an embedder."""
     table = pq.read_table(pairs / part["file"], columns=list(LOOKED_AT))
     pictures = corpus.pictures(pairs)
     looked, vectors = Looker(pictures.read, corpus.config.max_pixels, embedder)(table)
@@ -209,7 +217,7 @@ class _EmbeddingLook:
 
         torch.set_num_threads(1)
         self._look = partial(
-            _look_at_part, corpus=corpus, pairs=pairs, embedder=build_embedder(embedder, backbone)
+            look_at_part, corpus=corpus, pairs=pairs, embedder=build_embedder(embedder, backbone)
         )
 
     def __call__(self, part: Mapping[str, Any], folder: Path) -> tuple[dict[str, int], Counts]:

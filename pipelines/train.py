@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from mmicl_core.methods.base import Batch, Lookup, Method
 from mmicl_core.training.checkpoint import TrainState, has_state, load_state, save_state
 from mmicl_core.training.order import RowOrder, share_of_worker
 from mmicl_core.training.step import StepMetrics, learning_rate, train_step
-from pipelines.episodes import read_episodes
+from pipelines.episodes import DrawnEpisodes, read_episodes
 from pipelines.materials import Materials, prepare, training_rows
 from pipelines.pairs import open_corpus
 from pipelines.progress import counting
@@ -59,7 +59,8 @@ def train(run: RunConfig, root: Path) -> Stage:
 
     The manifest holds `steps`, `world_size`, `zero_stage`, `partition`, `loss_first`, `loss_last`.
     """
-    materials, named = prepare(run, root), run.method
+    materials, streamed = prepare(run, root)
+    named = run.method
     if isinstance(named, SupConConfig):
         # Which teacher it was, the name of the materials says.
         named = named.model_copy(update={"teacher": None})
@@ -84,6 +85,7 @@ def train(run: RunConfig, root: Path) -> Stage:
             settings = {
                 "run": run.model_dump(mode="json"),
                 "materials": materials.plain(),
+                "streamed": streamed,
                 "work": str(work),
                 "counter": counter,
             }
@@ -171,7 +173,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     from pipelines.zero3 import ZERO_STAGE, ZeroEngine
 
     run = RunConfig.model_validate(settings["run"])
-    materials = Materials(**{name: Path(path) for name, path in settings["materials"].items()})
+    materials = Materials.read(settings["materials"])
     work = Path(settings["work"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -183,13 +185,15 @@ def _train_worker(settings: dict[str, Any]) -> None:
     state = load_state(saved, _shapes(method)) if has_state(saved) else None
     first = state.step if state else 0
     engine = ZeroEngine(method, run.train, state)
-    feed = _Feed(run, method, materials)
+    folders = settings["streamed"]
+    drawn = DrawnEpisodes(folders, run.episodes) if folders is not None else None
+    feed = _Feed(run, method, materials, drawn)
     journal = _Journal(work, first, run.train, settings["counter"], writes=rank == 0)
     journal.describe(engine.largest_partition() | {"world_size": world_size, "zero_stage": ZERO_STAGE})
     for step in range(first, run.train.steps):
         rate = learning_rate(step, run.train.steps, run.train.warmup_steps, run.train.learning_rate)
         metrics = train_step(engine, feed.micro_batches(step, rank, world_size), rate)
-        journal.note(step, rate, metrics)
+        journal.note(step, rate, metrics, feed.replaced)
         if (step + 1) % run.train.checkpoint_every == 0 or step + 1 == run.train.steps:
             journal.checkpoint(engine.state(step + 1))
             ray.train.report(vars(metrics))
@@ -198,18 +202,22 @@ def _train_worker(settings: dict[str, Any]) -> None:
 class _Feed:
     """The batches of one worker: rows by number, features by key."""
 
-    def __init__(self, run: RunConfig, method: Method, materials: Materials) -> None:
-        self._method, self._run = method, run
-        self._states: Lookup = ArrayStore(materials.states) if materials.states else {}
+    def __init__(
+        self, run: RunConfig, method: Method, materials: Materials, drawn: DrawnEpisodes | None
+    ) -> None:
+        self._method, self._run, self._drawn = method, run, drawn
+        self._states = ArrayStore(materials.states) if materials.states else None
         self._pixels: Lookup = {}
-        self._rows = self._read_rows(materials)
+        self._rows = self._read_rows(materials, drawn)
         if method.reads == "pictures" or materials.features is None:
             reader = open_corpus(run.corpus, run.concepts).pictures(materials.pairs)
             self._pixels = PixelStore(reader, self._images(), method.backbone.pixels)
         # Features that training itself changes are not kept: the method makes them, from pixels.
         self._features = ArrayStore(materials.features) if materials.features else self._pixels
+        # What decides the order of a pass is known of an episode before it is drawn.
+        outline = self._rows if drawn is None else drawn.outline()
         self._order = RowOrder(
-            lambda epoch: method.epoch_order(self._rows, epoch, run.train.seed), run.train.global_batch
+            lambda epoch: method.epoch_order(outline, epoch, run.train.seed), run.train.global_batch
         )
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
@@ -220,14 +228,21 @@ class _Feed:
             for share in shares
         ]
 
+    @property
+    def replaced(self) -> Mapping[str, int]:
+        """Streamed episodes that another one stands for, by the reason why."""
+        return self._drawn.replaced if self._drawn is not None else {}
+
     def _row(self, number: int, visit: int) -> Mapping[str, Any]:
         row = self._rows[number]
         if self._method.reads == "pictures":
             return row | {"pixels": self._pixels[row["picture"]], "visit": visit}
-        variants, kept = self._run.train.picture_variants, self._method.needs_states
-        return vary_turns(row, visit, variants, query_only=kept)
+        variants = self._run.train.picture_variants
+        return vary_turns(row, visit, variants, query_only=self._states is not None)
 
-    def _read_rows(self, materials: Materials) -> list[dict[str, Any]]:
+    def _read_rows(self, materials: Materials, drawn: DrawnEpisodes | None) -> Sequence[dict[str, Any]]:
+        if drawn is not None:
+            return drawn
         if materials.episodes is not None:
             return read_episodes(materials.episodes)
         return training_rows(materials.catalogue)
@@ -235,7 +250,7 @@ class _Feed:
     def _images(self) -> Mapping[str, Mapping[str, Any]]:
         if self._method.reads == "pictures":
             return {row["picture"]: row["image"] for row in self._rows}
-        return images_of(self._rows)
+        return self._drawn.images() if self._drawn is not None else images_of(self._rows)
 
 
 class _Journal:
@@ -257,13 +272,14 @@ class _Journal:
             partition = {"steps": self._config.steps} | dict(facts)
             write_atomic(self._work / PARTITION_FILE, json.dumps(partition))
 
-    def note(self, step: int, rate: float, metrics: StepMetrics) -> None:
-        """Count a step; every `log_every`th is written down."""
+    def note(self, step: int, rate: float, metrics: StepMetrics, replaced: Mapping[str, int]) -> None:
+        """Count a step; every `log_every`th is written down, with the streamed episodes replaced so far."""
         if not self._writes:
             return
         self._counter.add.remote(1, f"loss {metrics.loss:.3f}")
         if step % self._config.log_every == 0 or step + 1 == self._config.steps:
             line = {"step": step + 1, "learning_rate": rate} | vars(metrics)
+            line |= {"replaced": dict(replaced)} if replaced else {}
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 

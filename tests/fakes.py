@@ -181,7 +181,7 @@ def episode_row(pictures: Sequence[str], names: Sequence[str], question: str = "
     return {
         "episode": 0,
         "task": "link",
-        "shots": (len(pictures) - 1) // 2,
+        "shots_of_both_classes": len(pictures) - 1,
         "concepts": [],
         "names": sorted(set(names)),
         "turns": turns,

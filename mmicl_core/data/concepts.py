@@ -30,19 +30,18 @@ Vectors = np.ndarray[Any, np.dtype[np.float32]]
 Numbers = np.ndarray[Any, np.dtype[np.int32]]
 
 PICTURES = """
-background clipart closeup drawing footage graphic hd icon illustration image img painting photo photograph
-photography pic picture portrait render rendering screenshot shot sketch snapshot stock thumbnail vector video
-view wallpaper
+background clipart closeup footage graphic hd icon illustration image img photo photograph photography pic
+picture portrait render rendering result screenshot shot snapshot stock thumbnail vector video view wallpaper
 """
 GENERIC = frozenset(PICTURES.split())
 """Words for pictures as such: what they are of counts, or what stands before them ("cat photo")."""
 
-AMOUNTS = """
-bunch collection couple crowd flock group herd kind lot number pack pair part piece pile row selection series
-set slice stack type variety
+AMOUNTS_AND_ART = """
+bunch collection couple crowd drawing flock group herd kind lot number pack painting pair part piece pile row
+selection series set sketch slice stack type variety
 """
-MEASURES = frozenset(AMOUNTS.split())
-"""Words that count or gather: what they are of counts; without "of" they stand for themselves."""
+MEASURES = frozenset(AMOUNTS_AND_ART.split())
+"""Words that count, gather or depict: what they are of counts; without "of" they stand for themselves."""
 
 LONGEST_CAPTION = 400
 # As web pages join a title with the shop's or the site's name.
@@ -126,7 +125,6 @@ class Clusters:
             sample: (N, E), normalised; another order of the rows gives other centroids.
 
         Raises:
-            ConfigError: Faiss is missing.
             DataError: there are fewer rows than clusters, or numbers that are not finite.
         """
         if len(sample) < clusters:
@@ -200,16 +198,10 @@ def faiss_on_one_thread() -> Iterator[Any]:
     Threads share out a matrix product differently, sums of floats then differ in their last bits, and a
     picture between two clusters goes to the other one: the same seed has to give the same clusters on any
     machine of a cluster.
-
-    Raises:
-        ConfigError: it is not installed.
     """
-    try:
-        import faiss
-    except ImportError as error:
-        raise ConfigError(
-            "clusters and approximate search need Faiss, which is not installed: pip install faiss-cpu"
-        ) from error
+    # Workers that only read pictures have no use for it in their memory.
+    import faiss
+
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
@@ -265,6 +257,9 @@ def _head_noun(parsed: Any) -> str | None:
         return LEMMAS.get(noun, noun)
     for phrase in parsed.noun_chunks:
         root = phrase.root
+        # Whose picture it is: "photo by ...".
+        if root.head.lower_ == "by":
+            continue
         if _lemma(root) in GENERIC:
             before = [word for word in root.lefts if word.dep_ == "compound" and _lemma(word) not in GENERIC]
             if not before:

@@ -152,7 +152,8 @@ def split_by_bucket(rows: pa.Table, buckets: int) -> list[pa.RecordBatch]:
 
 def _hashes(concepts: pa.Table) -> Hashes:
     # Floats in between would lose the low bits; what has no hash is not usable, and looks like 0.
-    return pc.fill_null(concepts.column("hash"), pa.scalar(0, pa.uint64())).to_numpy()
+    hashes: Hashes = pc.fill_null(concepts.column("hash"), pa.scalar(0, pa.uint64())).to_numpy()
+    return hashes
 
 
 def _held(concepts: pa.Table) -> Any:

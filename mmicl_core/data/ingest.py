@@ -27,7 +27,8 @@ from mmicl_core.data.storage import COPY
 
 __all__ = ["write_pairs"]
 
-ROWS_AT_ONCE = 256
+# Pictures loaded together lie in memory together, each as large as `corpus.fetch.max_bytes`.
+ROWS_AT_ONCE = 32
 
 
 def write_pairs(

@@ -58,7 +58,7 @@ class InvertedFile:
             seed: of the k-means that finds the lists.
 
         Raises:
-            ConfigError: as `class_similarity`, or Faiss is missing.
+            ConfigError: as `class_similarity`.
         """
         sides = []
         for side in (False, True):

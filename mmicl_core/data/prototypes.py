@@ -73,10 +73,10 @@ def gather_embeddings(
 
 def _normalised(vectors: Vectors) -> Vectors:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    result: Vectors = vectors / np.where(lengths == 0, 1, lengths)
+    result: Vectors = (vectors / np.where(lengths == 0, 1, lengths)).astype(np.float32)
     return result
 
 
 def _read(folder: Path, kind: str) -> Vectors | None:
     files = sorted(folder.glob(f"{kind}-*.npy"))
-    return np.concatenate([np.load(file) for file in files]) if files else None
+    return np.concatenate([np.load(file) for file in files]).astype(np.float32) if files else None

@@ -4,7 +4,7 @@ IMAGE, where the encoded bytes of a picture lie; they are read by whoever needs 
 
 | field | meaning |
 |---|---|
-| `path` | a file: `corpus:` below the corpus's folder, `images:` below `corpus.images`, `copy:` in the pairs' |
+| `path` | a file: `corpus:` below the corpus, `images:` below `corpus.images`, `copy:` beside the pairs |
 | `member` | name inside an archive; empty for a file of its own |
 | `offset`, `size` | in bytes |
 

@@ -105,8 +105,8 @@ class Location:
             DataError: there is no such folder, or a name that no text can hold.
         """
         base, files = self.full("").rstrip("/"), []
-        for info in self._list(folder, recursive):
-            path = info.path[len(base) + 1 :]
+        for full, info in self._list(folder, recursive):
+            path = full[len(base) + 1 :]
             hidden = any(_is_hidden(part) for part in path.split("/"))
             if info.type != fs.FileType.File or hidden or not path.lower().endswith(suffixes):
                 continue
@@ -121,13 +121,14 @@ class Location:
             DataError: there is no such folder, or a name that no text can hold.
         """
         found = self._list("", recursive=False)
-        names = [info.base_name for info in found if info.type == fs.FileType.Directory]
+        names = [full.rpartition("/")[2] for full, info in found if info.type == fs.FileType.Directory]
         return sorted(name for name in names if not _is_hidden(name))
 
-    def _list(self, folder: str, recursive: bool) -> list[Any]:
+    def _list(self, folder: str, recursive: bool) -> list[tuple[str, Any]]:
         place = self.full(folder).rstrip("/") or "/"
         try:
-            return list(self.filesystem.get_file_info(fs.FileSelector(place, recursive=recursive)))
+            found = self.filesystem.get_file_info(fs.FileSelector(place, recursive=recursive))
+            return [(info.path, info) for info in found]
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{self.uri}{'/' * bool(folder)}{folder} is not a folder") from error
         except UnicodeDecodeError as error:
@@ -152,10 +153,9 @@ def locate(path: str) -> Location:
     """
     place = path if URI.match(path) else str(Path(path).absolute())
     place, mark, options = _split_options(place)
-    wildcard = WILDCARD.search(place)
-    if wildcard:
-        folder, _, _ = place[: wildcard.start()].rpartition("/")
-        return Location(folder + mark + options, place[len(folder) + 1 :])
+    folder, pattern = _split_glob(place)
+    if pattern:
+        return Location(folder + mark + options, pattern)
     location = Location(place + mark + options)
     info = location.filesystem.get_file_info(location.full(""))
     if info.type == fs.FileType.NotFound:
@@ -164,6 +164,15 @@ def locate(path: str) -> Location:
         folder, _, name = place.rpartition("/")
         return Location(folder + mark + options, name)
     return location
+
+
+def _split_glob(place: str) -> tuple[str, str]:
+    """The folder before the first wildcard, and the rest; what exists by a name with brackets is no glob."""
+    parts = place.split("/")
+    for number, part in enumerate(parts):
+        if WILDCARD.search(part) and not Path("/".join(parts[: number + 1])).exists():
+            return "/".join(parts[:number]), "/".join(parts[number:])
+    return place, ""
 
 
 def _split_options(uri: str) -> tuple[str, str, str]:

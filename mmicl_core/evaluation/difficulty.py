@@ -61,6 +61,8 @@ def _picture_similarity(similarity: Mapping[str, Any] | None) -> list[str]:
     if similarity is None:
         return ["<p>The corpus has no embedder, so pictures are not compared.</p>"]
     kinds = {kind: histogram for kind, histogram in similarity.items() if histogram is not None}
+    if not kinds:
+        return ["<p>No two demonstrations have an embedding, so pictures are not compared.</p>"]
     means = ", ".join(f"{kind} {histogram['mean']:.3f}" for kind, histogram in kinds.items())
     told = (
         f"Similarity of two demonstrations of one class (positive) or of both (negative); on average {means}"
@@ -69,8 +71,6 @@ def _picture_similarity(similarity: Mapping[str, Any] | None) -> list[str]:
 
 
 def _histogram(kinds: Mapping[str, Mapping[str, Any]], under: str) -> str:
-    if not kinds:
-        return ""
     edges = next(iter(kinds.values()))["edges"]
     shares = {
         kind: [count / sum(histogram["counts"]) for count in histogram["counts"]]
@@ -79,7 +79,7 @@ def _histogram(kinds: Mapping[str, Mapping[str, Any]], under: str) -> str:
     # What lies empty at both ends tells nothing.
     used = [place for place in range(len(edges) - 1) if any(heights[place] for heights in shares.values())]
     span = slice(used[0], used[-1] + 1)
-    groups = [f"{edge:.2f}" for edge in edges[:-1]][span]
+    groups = [f"{edge:.3g}" for edge in edges[:-1]][span]
     return column_chart(groups, {kind: heights[span] for kind, heights in shares.items()}, under)
 
 
@@ -92,10 +92,11 @@ def _false_negatives(kinds: Mapping[str, Mapping[str, Any]]) -> list[str]:
             continue
         told = f"{100 * counted['share']:.3g} % of {counted['episodes']}"
         bars.append(Bar(label, counted["share"], told, tuple(counted["interval"]), ORANGE))
-        if counted["examples"]:
+        if counted["examples"] and kind != "any":
             examples[label] = ", ".join(counted["examples"])
     told = "Episodes in which a picture of the second class may be one of the first, with 95 % intervals"
-    return [f"<p>{told}</p>", bar_chart(bars), facts_table(examples) if examples else ""]
+    parts = [f"<p>{told}</p>", bar_chart(bars)]
+    return [*parts, "<p>For example</p>", facts_table(examples)] if examples else parts
 
 
 def _ranks(ranks: Mapping[str, Any]) -> list[str]:

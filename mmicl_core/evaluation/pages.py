@@ -30,24 +30,37 @@ __all__ = [
 
 THUMBNAIL = 128
 MOST_TEXT = 1000
-BLUE, ORANGE, INK, SOFT, LINE = "#2a6fdb", "#d9772b", "#1c2430", "#536072", "#dde3ea"
+BLUE, ORANGE, INK = "#2a6fdb", "#d9772b", "#1c2430"
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
-:root{color-scheme:light}body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;
-padding:0 1rem;color:#1c2430;background:#fff}h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;
-margin-top:2.2rem}p.lead,.soft{color:#536072}p.lead{margin-top:0}.row{display:flex;flex-wrap:wrap;gap:.6rem}
+:root{color-scheme:light}
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
+body{color:#1c2430;background:#fff}
+h1{font-size:1.6rem;margin-bottom:.2rem}
+h2{font-size:1.15rem;margin-top:2.2rem}
+p.lead{margin-top:0}
+p.lead,.soft{color:#536072}
+.row{display:flex;flex-wrap:wrap;gap:.6rem}
 figure{margin:0;text-align:center;border:1px solid #dde3ea;border-radius:8px;padding:.5rem .7rem}
-figcaption{font-size:.9rem}figure.query{border:2px solid #2a6fdb}.chart{overflow-x:auto}.chart svg{display:
-block;width:100%;min-width:36rem}.told{unicode-bidi:isolate;overflow-wrap:anywhere}table{border-collapse:
-collapse}td,th{padding:.25rem .9rem .25rem 0;text-align:left;vertical-align:top;font-variant-numeric:
-tabular-nums}th{font-weight:600;border-bottom:1px solid #dde3ea}.right{color:#1a7f37}.wrong{color:#b42318}
-svg text{font:13px system-ui,sans-serif;fill:#1c2430}svg .soft{fill:#536072}
+figure.query{border:2px solid #2a6fdb}
+figcaption{font-size:.9rem}
+table{border-collapse:collapse}
+td,th{padding:.25rem .9rem .25rem 0;text-align:left;vertical-align:top;font-variant-numeric:tabular-nums}
+td{min-width:4rem}
+th{font-weight:600;border-bottom:1px solid #dde3ea}
+.told{unicode-bidi:isolate;overflow-wrap:anywhere}
+.right{color:#1a7f37}
+.wrong{color:#b42318}
+.chart{overflow-x:auto}
+.chart svg{display:block;width:100%;min-width:36rem}
+svg text{font:13px system-ui,sans-serif;fill:#1c2430}
+svg .soft{fill:#536072}
 """
 
 # Pixels of the charts' own coordinates.
 BAR, ROW, LETTER, LEAST_LABEL, MOST_LABEL, NUMBER = 420, 34, 7.2, 120, 300, 110
-COLUMNS_WIDE, COLUMNS_HIGH, AXIS, MOST_TICKS = 640, 160, 44, 10
+COLUMNS_WIDE, COLUMNS_HIGH, AXIS, MOST_TICKS = 640, 160, 60, 10
 
 
 def render_page(title: str, parts: Iterable[str], style: str = "") -> str:

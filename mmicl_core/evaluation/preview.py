@@ -40,14 +40,17 @@ article p{{margin:.1rem 0 .6rem}}
 article .row{{gap:.4rem}}
 article figure img,article .empty{{height:5rem}}
 article .empty{{line-height:5rem}}
-figure.first{{border-top:4px solid {BLUE}}}
-figure.second{{border-top:4px solid {ORANGE}}}
-figure.query{{border-width:2px;border-color:#1c2430}}
-figure.talk{{width:16.8rem;text-align:left}}
+figure.query{{border:2px solid #1c2430}}
+figure.first{{border-top:5px solid {BLUE}}}
+figure.second{{border-top:5px solid {ORANGE}}}
+figure.talk{{width:16.8rem}}
+.wordy figure{{width:12.5rem;text-align:left}}
+.wordy .name,.wordy .few{{-webkit-line-clamp:6}}
 .tag.first{{color:{BLUE}}}
 .tag.second{{color:#b4551a}}
 """
 CLASSES = ("first", "second")
+WORDY = 40
 
 
 @dataclass(frozen=True)
@@ -125,20 +128,13 @@ def render_episodes_preview(
 
 
 def _what_became(counts: Mapping[str, Any]) -> list[Bar]:
-    read = counts["read"]
-    bars = [
-        Bar(f"kept in {stage}", _share(kept, read), _told(kept, read))
-        for stage, kept in counts["kept"].items()
-    ]
-    bars += [
-        Bar(
-            f"{reason['reason']} ({reason['stage']})",
-            _share(reason["count"], read),
-            _told(reason["count"], read),
-            colour=ORANGE,
-        )
-        for reason in counts["reasons"]
-    ]
+    bars, read = [], counts["read"]
+    for stage, kept in counts["kept"].items():
+        bars.append(Bar(f"kept in {stage}", _share(kept, read), _told(kept, read)))
+        for reason in counts["reasons"]:
+            if reason["stage"] == stage:
+                count = reason["count"]
+                bars.append(Bar(reason["reason"], _share(count, read), _told(count, read), colour=ORANGE))
     return bars
 
 
@@ -174,19 +170,20 @@ def _shown_picture(shown: ShownPicture) -> str:
 
 def _episode(episode: PreviewedEpisode) -> str:
     row = episode.row
-    questions = {turn["question"] for turn in row["turns"]}
+    *shown, query = zip(row["turns"], episode.thumbnails, strict=True)
     facts = [f"{row['task'].replace('_', ' ')}, {row['shots_of_both_classes']} demonstrations"]
     if row["rank"] is not None:
         facts.append(f"neighbour {row['rank']}, similarity {row['similarity']:.3f}")
-    if len(questions) == 1:
-        facts.append(f"asked: {text(questions.pop(), 'tag')}")
-    figures = []
-    for number, (turn, thumbnail) in enumerate(zip(row["turns"], episode.thumbnails, strict=True)):
-        is_query = number == len(row["turns"]) - 1
-        figures.append(_turn(turn, thumbnail, _class_of(turn, row), is_query, bool(questions)))
+    questions = {turn["question"] for turn in row["turns"]}
+    one = questions.pop() if len(questions) == 1 else None
+    if one is not None:
+        facts.append(f"asked: {text(one, 'tag')}")
+    figures = [_turn(row, turn, small, one) for turn, small in shown]
+    figures.append(_turn(row, *query, None, is_query=True))
+    longest = max(len(turn[told]) for turn in row["turns"] for told in ("question", "answer"))
     return (
-        f"<article><h3>{text(row['id'])}</h3><p class=soft>{'; '.join(facts)}</p>{_classes(episode)}"
-        f"{_row(figures)}</article>"
+        f"<article class={'wordy' if longest > WORDY else 'brief'}><h3>{text(row['id'])}</h3>"
+        f"<p class=soft>{'; '.join(facts)}</p>{_classes(episode)}{_row(figures)}</article>"
     )
 
 
@@ -204,15 +201,18 @@ def _class_of(turn: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 
 def _turn(
-    turn: Mapping[str, Any], thumbnail: bytes | None, place: str, is_query: bool, with_question: bool
+    row: Mapping[str, Any],
+    turn: Mapping[str, Any],
+    thumbnail: bytes | None,
+    common_question: str | None,
+    *,
+    is_query: bool = False,
 ) -> str:
-    lines = [text(turn["question"], "few soft")] if with_question else []
+    lines = [] if turn["question"] == common_question else [text(turn["question"], "few soft")]
     lines.append(text(turn["answer"], "name"))
     if is_query:
-        lines.append("<span class=small>the query</span>")
+        lines.append(f"<span class=small>the query{', not ' * bool(row['other'])}{text(row['other'])}</span>")
     # A turn without a picture goes on about the one before.
     shown = _picture(thumbnail) if turn["picture"] is not None else ""
-    kinds = " ".join(
-        kind for kind, holds in ((place, place), ("query", is_query), ("talk", not shown)) if holds
-    )
+    kinds = f"{_class_of(turn, row)} {'query' * is_query} {'talk' * (not shown)}"
     return f"<figure class='{kinds}'>{shown}<figcaption>{''.join(lines)}</figcaption></figure>"

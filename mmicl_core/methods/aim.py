@@ -37,7 +37,7 @@ from mmicl_core.data.collate import Packed, pack
 from mmicl_core.data.files import folder_digest
 from mmicl_core.errors import CheckpointError
 from mmicl_core.methods.base import Lookup, Method, answer_nll, episode_turns, prompt_embeddings, stack
-from mmicl_core.prompts import ChatFormat, Piece, Prompt, Turn
+from mmicl_core.prompts import ChatFormat, Piece, Prompt, Turn, count_tokens
 
 __all__ = [
     "Aggregator",
@@ -117,12 +117,23 @@ def aggregator_identity(folder: Path) -> str:
 
 
 @dataclass(frozen=True)
+class Demonstrations:
+    """Demonstrations that the frozen backbone still has to read, each a prompt of its own."""
+
+    packed: Packed
+    vision_NVW: Tensor
+    prefix: int
+    """Tokens at the head of each prompt that belong to no turn."""
+
+
+@dataclass(frozen=True)
 class AimBatch:
     """Queries behind fused demonstrations."""
 
     packed: Packed
     vision_NVW: Tensor
-    states_TD: list[Tensor]
+    shown: list[Tensor] | Demonstrations
+    """Kept states of the demonstrations, (T, D) each, or what they are read from."""
 
     @property
     def num_scored(self) -> int:
@@ -145,30 +156,38 @@ class Aim(Method):
                 backbone.width, layer_norm=config.layer_norm, embedding_spread=spread
             )
 
-    def collate(self, rows: Sequence[Mapping[str, Any]], features: Lookup, states: Lookup) -> AimBatch:
-        """Episodes -> queries; the demonstrations are looked up in `states`, one array an episode."""
-        prompts, lengths, pictures, demonstrations = [], [], [], []
+    def collate(self, rows: Sequence[Mapping[str, Any]], features: Lookup, states: Lookup | None) -> AimBatch:
+        """Episodes -> queries; the demonstrations are looked up in `states`, or read with the queries."""
+        prompts, lengths, pictures, demonstrations = [], [], [], list[Turn]()
         for row in rows:
-            turns = episode_turns(row)
-            kept = [torch.tensor(states[demonstration_key(turn)]) for turn in turns[:-1]]
-            prompts.append(fused_prompt(self.chat, len(kept), turns[-1]))
-            lengths.append([len(state) for state in kept])
-            pictures.append(turns[-1].picture)
-            demonstrations += kept
+            *shown, query = episode_turns(row)
+            prompts.append(fused_prompt(self.chat, len(shown), query))
+            lengths.append([count_tokens(self.chat.turn(turn), 0)[1] for turn in shown])
+            pictures.append(query.picture)
+            demonstrations += shown
         packed = pack(
             prompts,
             visual_tokens=self.backbone.visual_tokens,
             fused_tokens=lengths,
             padding_id=self.backbone.tokenizer.pad_token_id,
         )
-        return AimBatch(packed, stack(features, pictures), demonstrations)
+        vision_NVW = stack(features, pictures)
+        if states is not None:
+            kept = [torch.tensor(states[demonstration_key(turn)]) for turn in demonstrations]
+            return AimBatch(packed, vision_NVW, kept)
+        seen_NVW = stack(features, [turn.picture for turn in demonstrations])
+        return AimBatch(
+            packed, vision_NVW, pack_demonstrations(self.backbone, self.chat, demonstrations, seen_NVW)
+        )
 
     def forward(self, batch: AimBatch) -> Tensor:
         """Negative log-likelihood of the queries' answer tokens."""
-        lengths = [len(state) for state in batch.states_TD]
+        shown = batch.shown
+        states_TD = read_packed(self.backbone, shown) if isinstance(shown, Demonstrations) else shown
+        lengths = [len(state) for state in states_TD]
         device, dtype = self.backbone.device, self.backbone.dtype
         # States are kept in 16 bits, which autocast on a CPU cannot join.
-        states = torch.cat([state.to(device, dtype) for state in batch.states_TD])
+        states = torch.cat([state.to(device, dtype) for state in states_TD])
         fused_TD = self.aggregator(states).split(lengths)
         packed = batch.packed.to(device)
         embeds_BLD = prompt_embeddings(self.backbone, packed, batch.vision_NVW, fused_TD)
@@ -190,7 +209,6 @@ def fused_prompt(chat: ChatFormat, demonstrations: int, query: Turn) -> Prompt:
     return [*chat.prefix(), *places, *chat.turn(query)]
 
 
-@torch.no_grad()
 def read_demonstrations(
     backbone: HuggingFaceBackbone, chat: ChatFormat, turns: Sequence[Turn], vision_NVW: Tensor
 ) -> list[Tensor]:
@@ -203,12 +221,24 @@ def read_demonstrations(
     Returns:
         For each its states on all of its text, (T, D); T counts the text of the turn, not the prefix.
     """
+    return read_packed(backbone, pack_demonstrations(backbone, chat, turns, vision_NVW))
+
+
+def pack_demonstrations(
+    backbone: HuggingFaceBackbone, chat: ChatFormat, turns: Sequence[Turn], vision_NVW: Tensor
+) -> Demonstrations:
+    """Lay demonstrations out to be read; the arguments are those of `read_demonstrations`."""
     prefix = chat.prefix()
     prompts = [[*prefix, *chat.turn(turn)] for turn in turns]
-    packed = pack(
-        prompts, visual_tokens=backbone.visual_tokens, padding_id=backbone.tokenizer.pad_token_id
-    ).to(backbone.device)
-    hidden_BLD = backbone.hidden(prompt_embeddings(backbone, packed, vision_NVW), packed.mask_BL)
+    packed = pack(prompts, visual_tokens=backbone.visual_tokens, padding_id=backbone.tokenizer.pad_token_id)
+    return Demonstrations(packed, vision_NVW, sum(len(piece.ids) for piece in prefix))
+
+
+@torch.no_grad()
+def read_packed(backbone: HuggingFaceBackbone, shown: Demonstrations) -> list[Tensor]:
+    """States of each demonstration on all of its text, (T, D), in one pass of the frozen backbone."""
+    packed = shown.packed.to(backbone.device)
+    hidden_BLD = backbone.hidden(prompt_embeddings(backbone, packed, shown.vision_NVW), packed.mask_BL)
     text_BL = packed.mask_BL.bool() & ~packed.image_BL
-    text_BL[:, : sum(len(piece.ids) for piece in prefix)] = False
+    text_BL[:, : shown.prefix] = False
     return [hidden[text] for hidden, text in zip(hidden_BLD, text_BL, strict=True)]

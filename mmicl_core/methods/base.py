@@ -55,8 +55,13 @@ class Method(nn.Module, ABC):
         self.chat = ChatFormat(backbone.processor)
 
     @abstractmethod
-    def collate(self, rows: Sequence[Mapping[str, Any]], features: Lookup, states: Lookup) -> Batch:
-        """Rows -> a batch; `features` are vision-tower outputs by picture, `states` by demonstration."""
+    def collate(self, rows: Sequence[Mapping[str, Any]], features: Lookup, states: Lookup | None) -> Batch:
+        """Rows -> a batch.
+
+        Args:
+            features: vision-tower outputs by picture.
+            states: frozen states by demonstration; None where they were not kept, or are not needed.
+        """
 
     def epoch_order(self, rows: Sequence[Mapping[str, Any]], epoch: int, seed: int) -> list[int]:
         """The order in which one pass reads its rows; each pass after the first is shuffled.

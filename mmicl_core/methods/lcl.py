@@ -51,7 +51,7 @@ class Lcl(Method):
         for role in [*roles, backbone.vision_tower] if self._trains_tower else roles:
             role.requires_grad_(requires_grad=True)
 
-    def collate(self, rows: Sequence[Mapping[str, Any]], features: Lookup, states: Lookup) -> LclBatch:
+    def collate(self, rows: Sequence[Mapping[str, Any]], features: Lookup, states: Lookup | None) -> LclBatch:
         """Episodes -> conversations with every picture in its place; `features` are pixels if the vision
         tower is trained."""
         prompts, pictures = [], []

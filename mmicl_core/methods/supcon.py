@@ -89,7 +89,9 @@ class SupCon(Method):
         rng.shuffle(runs)
         return [number for run in runs for pair in run for number in pair]
 
-    def collate(self, rows: Sequence[Mapping[str, Any]], features: Lookup, states: Lookup) -> SupConBatch:
+    def collate(
+        self, rows: Sequence[Mapping[str, Any]], features: Lookup, states: Lookup | None
+    ) -> SupConBatch:
         """Prepared `pixels` of each row -> augmented ones; `features` hold the teacher's view, if any."""
         pixels = torch.stack([torch.from_numpy(row["pixels"]) for row in rows])
         # A picture looks different at every visit, and the same at that visit in every run.

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "mmicl_core.bank": {"mmicl_core.config", "mmicl_core.errors", "mmicl_core.data.files"},
     # The name of a model is the digest of its files.
     "mmicl_core.backbones": {"mmicl_core.errors", "mmicl_core.config", "mmicl_core.data.files"},
+    "mmicl_core.embedders": MODEL | {"mmicl_core.backbones"},
     "mmicl_core.methods": MODEL | {"mmicl_core.backbones"},
     "mmicl_core.training": MODEL | {"mmicl_core.backbones", "mmicl_core.methods"},
     "mmicl_core.evaluation": MODEL | {"mmicl_core.backbones", "mmicl_core.methods"},
@@ -48,11 +49,22 @@ ARRANGERS = ("pipelines.cli", "pipelines.quickstart")
 LIBRARY_HOMES = {
     "ray": ("pipelines", "cluster"),
     "deepspeed": ("pipelines.zero3",),
-    "transformers": ("mmicl_core.backbones", "mmicl_core.methods", "mmicl_core.data.embedding"),
+    "transformers": (
+        "mmicl_core.backbones",
+        "mmicl_core.embedders",
+        "mmicl_core.methods",
+        "mmicl_core.data.embedding",
+    ),
+    "faiss": ("mmicl_core.data.concepts",),
+    "spacy": ("mmicl_core.data.concepts",),
     "torch": ("mmicl_core", "pipelines"),
     "fastapi": ("pipelines.serve",),
     "pydantic_settings": ("pipelines.settings",),
     "resvg_py": ("mmicl_core.data.open_emoji",),
+    "httpcore": ("mmicl_core.data.network",),
+    "protego": ("mmicl_core.data.courtesy",),
+    "ijson": ("mmicl_core.data.readers",),
+    "imagehash": ("mmicl_core.data.look",),
 }
 
 

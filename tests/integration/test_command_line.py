@@ -15,8 +15,8 @@ from tests.fakes import TINY_HELD_OUT, pair_rows, write_corpus
 
 SMALL = [
     "--episodes.stages",
-    '[{"episodes": 6, "min_shots": 1, "max_shots": 1}]',
-    "--episodes.neighbours",
+    '[{"episodes": 6, "min_shots_of_both_classes": 2, "max_shots_of_both_classes": 2}]',
+    "--neighbours.count",
     "2",
 ]
 

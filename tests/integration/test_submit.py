@@ -60,8 +60,8 @@ def submit(address: str, *arguments: str, auth: str = "token") -> subprocess.Com
 
 def test_submitted_verb_runs_on_the_cluster_and_prints_its_result(address, tmp_path):
     corpus, output = write_corpus(tmp_path / "corpus"), tmp_path / "output"
-    stages = '[{"episodes": 6, "min_shots": 1, "max_shots": 1}]'
-    small = ["--episodes.stages", stages, "--episodes.neighbours", "2", "--corpus.path", str(corpus)]
+    stages = '[{"episodes": 6, "min_shots_of_both_classes": 2, "max_shots_of_both_classes": 2}]'
+    small = ["--episodes.stages", stages, "--neighbours.count", "2", "--corpus.path", str(corpus)]
     done = submit(address, *small, "--output", str(output))
     assert done.returncode == 0, done.stdout + done.stderr
     manifest = json.loads(done.stdout[done.stdout.index("{\n") :].partition("\n}")[0] + "\n}")
@@ -75,7 +75,7 @@ def test_submitted_verb_runs_on_the_cluster_and_prints_its_result(address, tmp_p
 def test_mistake_that_only_the_cluster_can_see_is_printed_and_fails_the_command(address, tmp_path):
     done = submit(address, "--corpus.path", str(tmp_path / "nowhere"), "--output", str(tmp_path / "output"))
     assert done.returncode == 1
-    assert "is not a folder" in done.stdout
+    assert "does not exist" in done.stdout
     assert done.stderr.splitlines()[-1].endswith(" failed")
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmicl_core.backbones.hugging_face import load_backbone
-from mmicl_core.config.data import EpisodeConfig, ShotStage
+from mmicl_core.config.episodes import EpisodeConfig, ShotStage
 from mmicl_core.config.model import AimConfig, LclConfig, MethodConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import TrainConfig
@@ -45,7 +45,8 @@ def _run(folder: Path, method: MethodConfig, steps: int, workers: int) -> RunCon
     return RunConfig(
         **reading(folder),
         episodes=EpisodeConfig(
-            stages=(ShotStage(episodes=6, min_shots=1, max_shots=2),), same_shots_in_a_row=2
+            stages=(ShotStage(episodes=6, min_shots_of_both_classes=2, max_shots_of_both_classes=4),),
+            same_shots_in_a_row=2,
         ),
         method=method,
         train=TrainConfig(

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from mmicl_core.config.data import EpisodeConfig, ShotStage
+from mmicl_core.config.episodes import EpisodeConfig, ShotStage
 from mmicl_core.config.model import AimConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import TrainConfig
@@ -32,7 +32,9 @@ POLL_SECONDS = 0.02
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return RunConfig(
         **reading(write_materials(tmp_path_factory.mktemp("chaos"))),
-        episodes=EpisodeConfig(stages=(ShotStage(episodes=6, min_shots=1, max_shots=2),)),
+        episodes=EpisodeConfig(
+            stages=(ShotStage(episodes=6, min_shots_of_both_classes=2, max_shots_of_both_classes=4),)
+        ),
         method=AimConfig(),
         train=TrainConfig(
             steps=STEPS,

@@ -16,15 +16,13 @@ from safetensors import safe_open
 
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, load_backbone
-from mmicl_core.config.data import EpisodeConfig, ShotStage
+from mmicl_core.config.episodes import EpisodeConfig, ShotStage
 from mmicl_core.config.train import Condition
-from mmicl_core.data.episodes import build_pool, draw_episode
 from mmicl_core.data.images import decode
-from mmicl_core.data.sources import read_shard
-from mmicl_core.data.splits import Split
 from mmicl_core.evaluation.metrics import names_exactly, names_only
 from mmicl_core.evaluation.naming import NamingTask
 from mmicl_core.methods.aim import Aggregator
+from tests.corpora import Opened, drawn_episodes, open_shards
 from tests.fakes import episode_row
 
 NANO, AIM, CORPUS = (resolve(f"embedded:{name}") for name in ("nano", "nano_aim", "open_emoji"))
@@ -108,29 +106,27 @@ def test_model_card_tells_the_accuracies_of_the_committed_evaluation(folder):
 
 
 @pytest.fixture(scope="module")
-def pairs() -> list[dict[str, Any]]:
-    return [row for shard in sorted(CORPUS.glob("*.tar.gz")) for row in read_shard(shard)]
+def corpus(tmp_path_factory) -> Opened:
+    return open_shards(CORPUS, tmp_path_factory.mktemp("catalogue"))
 
 
 @pytest.fixture(scope="module")
-def episodes(pairs) -> list[dict[str, Any]]:
-    """Held-out episodes of 4 shots, as the evaluation draws them."""
-    split = Split.load(CORPUS)
+def episodes(corpus) -> list[dict[str, Any]]:
+    """Held-out episodes of 4 shots of each class, as the evaluation draws them."""
     config = EpisodeConfig(
-        part="held_out_concepts", stages=(ShotStage(episodes=EPISODES, min_shots=4, max_shots=4),), seed=1
+        part="held_out_concepts",
+        stages=(ShotStage(episodes=EPISODES, min_shots_of_both_classes=8, max_shots_of_both_classes=8),),
+        seed=1,
     )
-    pool = build_pool(pairs, split, config.part, config.neighbours)
-    drawn = [draw_episode(number, pool, config) for number in range(EPISODES)]
-    return [row for row in drawn if isinstance(row, dict)]
+    return drawn_episodes(corpus, config)
 
 
 def see(
-    nano: HuggingFaceBackbone, pairs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+    nano: HuggingFaceBackbone, corpus: Opened, rows: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, torch.Tensor]:
     """Vision-tower output of every picture of the episodes `rows`."""
-    images = {pair["picture"]: pair["image"] for pair in pairs}
     keys = sorted({turn["picture"] for row in rows for turn in row["turns"]})
-    seen = nano.encode_pixels(nano.pixels([decode(images[key]) for key in keys]))
+    seen = nano.encode_pixels(nano.pixels([decode(corpus.encoded[key]) for key in keys]))
     return dict(zip(keys, seen, strict=True))
 
 
@@ -139,10 +135,10 @@ def see(
     [("full", 0.7, 1.0), ("fused", 0.6, 1.0), ("swapped", 0.0, 0.3), ("zero_shot", 0.0, 0.0)],
 )
 def test_nano_learns_names_from_demonstrations_and_follows_them(
-    nano, aggregator, pairs, episodes, condition: Condition, low, high
+    nano, aggregator, corpus, episodes, condition: Condition, low, high
 ):
     task = NamingTask(nano, aggregator, max_new_tokens=12)
-    answers = task.answer(episodes, condition, see(nano, pairs, episodes))
+    answers = task.answer(episodes, condition, see(nano, corpus, episodes))
     right = [
         names_only(said, row["answer"], row["other"]) for said, row in zip(answers, episodes, strict=True)
     ]
@@ -150,11 +146,15 @@ def test_nano_learns_names_from_demonstrations_and_follows_them(
     assert low <= sum(right) / len(right) <= high
 
 
-def test_nano_says_the_true_names_of_most_pictures_that_it_was_trained_on(nano, pairs):
-    split = Split.load(CORPUS)
-    known = [pair for pair in pairs if split.trains_on(pair["concept"], pair["style"])]
+def test_nano_says_the_true_names_of_most_pictures_that_it_was_trained_on(nano, corpus):
+    split, pairs = corpus.split, [row.pair for row in corpus.rows]
+    known = [
+        pair
+        for pair in pairs
+        if not split.holds_out(pair["concept"]) and pair["style"] != split.held_out_style
+    ]
     asked = known[:: len(known) // EPISODES][:EPISODES]
     rows = [episode_row([pair["picture"]], [pair["name"]]) for pair in asked]
-    answers = NamingTask(nano, None, max_new_tokens=12).answer(rows, "true_name", see(nano, pairs, rows))
+    answers = NamingTask(nano, None, max_new_tokens=12).answer(rows, "true_name", see(nano, corpus, rows))
     right = [names_exactly(said, pair["name"]) for said, pair in zip(answers, asked, strict=True)]
     assert sum(right) / EPISODES > 0.6

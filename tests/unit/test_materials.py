@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from mmicl_core.config.data import EpisodeConfig, Part
+from mmicl_core.config.episodes import EpisodeConfig, Part
 from mmicl_core.config.run import RunConfig
 from mmicl_core.errors import ConfigError
 from pipelines.materials import prepare

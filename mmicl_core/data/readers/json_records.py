@@ -42,6 +42,7 @@ FAILURES = (
     ArrowException,
     NotImplementedError,
 )
+AFTER_ITEMS = frozenset(" \t\n\r,]")
 SPACES = re.compile(r"[ \t\n\r]*")
 
 
@@ -215,8 +216,8 @@ class _Text:
                 raise _BrokenFileError(self.flaw or f"an item is cut or broken: {error.msg}") from error
             except (ValueError, RecursionError) as error:
                 raise _BrokenFileError(f"an item cannot be read: {type(error).__name__}") from error
-            # A number that touches the end of the window may go on behind it.
-            if end < len(self._window) or not self._more():
+            # A number may go on behind the window: `12`, and `1.5e3` from every place in it.
+            if self._window[end : end + 1] in AFTER_ITEMS or not self._more():
                 self._at = end
                 return value
 

@@ -70,9 +70,8 @@ class ObelicsReader:
                 yield from _read_document(f"{unit.key}/{number}", cells)
                 given += 1
         except BREAKS as error:
-            part = "" if unit.part == UNREADABLE else f"/{unit.part}"
-            told = f"it breaks after {given} documents of row group {unit.part}: {error}"
-            yield skip(unit.path + part, reasons.BROKEN_FILE, told)
+            where = "" if unit.part == UNREADABLE else f" after {given} documents of row group {unit.part}"
+            yield skip(unit.path, reasons.BROKEN_FILE, f"{unit.path} breaks{where}: {error}")
 
 
 def _check_columns(path: str, schema: Any) -> None:

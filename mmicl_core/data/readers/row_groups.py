@@ -1,7 +1,8 @@
 """Parquet files in pieces: a unit is a row group, and its rows come a few at a time.
 
 Of a row group only the columns that are asked for are read, page by page, so memory holds pages and not the
-group. Checksums of pages are held where the file has them.
+group. How large a page is, its writer decides: pyarrow's puts 1024 pictures into one unless told otherwise.
+Checksums of pages are held against the pages, where a file has them.
 
 Hazard: a broken page ends its row group, because where the next row begins nobody knows.
 """
@@ -22,8 +23,8 @@ from mmicl_core.data.storage import Location
 
 __all__ = ["BREAKS", "UNREADABLE", "find_row_groups", "iter_rows"]
 
-BREAKS = (OSError, pa.ArrowException)
-"""What is raised for a file that is missing, is no Parquet, or breaks."""
+BREAKS = (OSError, pa.ArrowException, UnicodeDecodeError)
+"""What is raised for a file that is missing, is no Parquet, or breaks, be it in the name of a column."""
 
 UNREADABLE = -1
 """The part of a unit that stands for a whole file, whose row groups are not known."""

@@ -95,7 +95,7 @@ def iter_members(
                 yield Member(member.name, member.size, None if compression else offset, content)
             _check_rest(tape)
     except BREAKS as error:
-        raise BrokenTarError(f"{path} is broken: {error or type(error).__name__}", cut) from error
+        raise BrokenTarError(f"{path} is broken: {str(error) or type(error).__name__}", cut) from error
 
 
 def _open(location: Location, path: str, compression: str | None) -> _Tape:

@@ -14,7 +14,8 @@ from mmicl_core.config.episodes import CaptionConfig
 from mmicl_core.data import reasons
 from mmicl_core.data.catalogue import Catalogue
 from mmicl_core.data.plans import Plan, Slot
-from mmicl_core.data.pool import Able, Pool, Section
+from mmicl_core.data.pool import Pool
+from mmicl_core.data.sections import Able, Section
 
 __all__ = ["DESCRIBE_QUESTION", "NAME_QUESTION", "plan_caption"]
 

@@ -12,7 +12,8 @@ import random
 from mmicl_core.config.episodes import InterleavedConfig
 from mmicl_core.data import reasons
 from mmicl_core.data.plans import Plan, Slot
-from mmicl_core.data.pool import Pool, shuffled
+from mmicl_core.data.pool import Pool
+from mmicl_core.data.sections import shuffled
 
 __all__ = ["plan_interleaved"]
 

@@ -20,7 +20,8 @@ from mmicl_core.config.episodes import SameTaskConfig
 from mmicl_core.data import reasons
 from mmicl_core.data.catalogue import Catalogue
 from mmicl_core.data.plans import Plan, Slot
-from mmicl_core.data.pool import Numbers, Pool, shuffled
+from mmicl_core.data.pool import Pool
+from mmicl_core.data.sections import Numbers, shuffled
 
 __all__ = ["plan_same_task"]
 

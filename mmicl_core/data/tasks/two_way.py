@@ -23,7 +23,8 @@ from mmicl_core.data import reasons
 from mmicl_core.data.names import clash, draw_names
 from mmicl_core.data.neighbours import draw_weights
 from mmicl_core.data.plans import Plan, Slot
-from mmicl_core.data.pool import Able, Pool, Section, shuffled
+from mmicl_core.data.pool import Pool
+from mmicl_core.data.sections import Able, Section, shuffled
 
 __all__ = ["draw_neighbour", "plan_two_way"]
 

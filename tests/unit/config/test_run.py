@@ -85,7 +85,16 @@ def test_mistake_in_an_override_names_the_command_line(tmp_path):
     ("settings", "sentence"),
     [
         ({"train": {"global_batch": 33}}, r"global_batch \(33\) must be a multiple of num_workers \(2\)"),
-        ({"episodes": {"stages": [{"episodes": 1, "min_shots": 5, "max_shots": 2}]}}, r"\(5\).*\(2\): swap"),
+        (
+            {
+                "episodes": {
+                    "stages": [
+                        {"episodes": 1, "min_shots_of_both_classes": 10, "max_shots_of_both_classes": 4}
+                    ]
+                }
+            },
+            r"\(5\).*\(2\): swap",
+        ),
         ({"episodes": {"questions": []}}, "at least 1 item"),
         ({"episodes": {"part": "test"}}, "'train', .*'held_out_concepts' or 'held_out_style'"),
         ({"train": {"learning_rate": 0}}, "greater than 0 .found 0"),

@@ -12,9 +12,10 @@ from PIL import Image
 
 from mmicl_core.data import open_emoji
 from mmicl_core.data.open_emoji import STYLES, Concept, Style, build_open_emoji
-from mmicl_core.data.sources import find_shards, read_shard
 from mmicl_core.data.splits import Split
+from mmicl_core.data.storage import Location
 from mmicl_core.errors import DataError
+from tests.corpora import read_shards
 from tests.fakes import draw_picture, encode_picture
 
 NOTO = STYLES[0]
@@ -116,19 +117,20 @@ def test_shards_are_the_same_bytes_for_the_same_samples_and_read_back(tmp_path: 
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         open_emoji._write_shards(tmp_path / name, samples)
-    (one,), (two,) = find_shards(tmp_path / "one"), find_shards(tmp_path / "two")
+    (one,), (two,) = (tmp_path / "one").iterdir(), (tmp_path / "two").iterdir()
     assert one.read_bytes() == two.read_bytes()
-    rows = list(read_shard(one))
-    assert [row["skipped"] for row in rows] == [None] * 5
-    assert [row["picture"] for row in rows] == [f"cat-{number}__noto" for number in range(5)]
-    assert rows[0]["source"] == f"npm:{NOTO.package}" and rows[0]["licence"] == NOTO.licence
+    rows = read_shards(tmp_path / "one")
+    assert [row.skipped for row in rows] == [None] * 5
+    keys = [f"open-emoji-000/cat-{number}__noto" for number in range(5)]
+    assert [row.pair["picture"] for row in rows] == keys
+    assert (rows[0].pair["source"], rows[0].pair["licence"]) == (f"npm:{NOTO.package}", NOTO.licence)
 
 
 def test_shards_are_cut_by_size_and_lose_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_emoji, "SHARD_IMAGE_BYTES", 2500)
     samples = [(_concept(f"cat-{number}"), NOTO, bytes(1000), "png") for number in range(7)]
     assert len(open_emoji._write_shards(tmp_path, samples)) == 3
-    keys = [row["picture"] for shard in find_shards(tmp_path) for row in read_shard(shard)]
+    keys = [row.pair["picture"].partition("/")[2] for row in read_shards(tmp_path)]
     assert keys == [f"cat-{number}__noto" for number in range(7)]
 
 
@@ -137,7 +139,7 @@ def test_corpus_is_built_from_package_tarballs(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(open_emoji, "STYLES", (NOTO, twemoji))
     packages = _packages(tmp_path / "packages")
     counts = build_open_emoji(tmp_path / "corpus", packages)
-    rows = [row for shard in find_shards(tmp_path / "corpus") for row in read_shard(shard)]
+    rows = [row.pair for row in read_shards(tmp_path / "corpus")]
     assert counts["images"] == len(rows) == 3
     assert [(row["concept"], row["style"]) for row in rows] == [
         ("cat-face", "noto"),
@@ -145,7 +147,7 @@ def test_corpus_is_built_from_package_tarballs(tmp_path: Path, monkeypatch: pyte
         ("dog-face", "noto"),
     ]
     assert rows[0]["keywords"] == ["kitty", "pet", "small tiger"]
-    assert Split.load(tmp_path / "corpus").held_out_style == "twemoji"
+    assert Split.load(Location(str(tmp_path / "corpus"))).held_out_style == "twemoji"
 
 
 def test_missing_package_without_npm_says_what_to_install(

@@ -7,7 +7,7 @@ from mmicl_core.methods import METHODS, build_method
 from mmicl_core.methods.lcl import Lcl
 from tests.fakes import tiny_backbone
 
-ROWS = [{"shots": shots} for shots in (1, 1, 1, 4, 4, 2, 2, 2, 2, 1)]
+ROWS = [{"shots_of_both_classes": shots} for shots in (1, 1, 1, 4, 4, 2, 2, 2, 2, 1)]
 
 
 def test_first_pass_keeps_the_curriculum_and_later_ones_move_equal_shots_together() -> None:

@@ -282,12 +282,29 @@ def test_parquet_reader_reads_no_column_that_it_does_not_need(tmp_path: Path) ->
     assert len(rows) == ROWS and sum(lengths) < 2**20 < sum(map(len, noise))
 
 
+def test_parquet_reader_holds_pages_and_not_row_groups(tmp_path: Path) -> None:
+    large = [bytes(100_000)] * 200
+    options: dict[str, Any] = {"write_batch_size": 4, "use_dictionary": False, "compression": "none"}
+    write(tmp_path / "a.parquet", {"image": large, "caption": captions(200)}, rows_in_a_group=200, **options)
+    del large
+    reader, pool = reader_of(tmp_path), pa.default_memory_pool()
+    before, most = pool.bytes_allocated(), 0
+    for row in reader.read(Unit("a.parquet")):
+        assert row.skipped is None
+        most = max(most, pool.bytes_allocated() - before)
+    # A batch of 32 pictures and what was read ahead of them, of 20 megabytes.
+    assert most < 10_000_000
+
+
 def column_start(path: Path, group: int, column: int) -> int:
     found = pq.ParquetFile(path).metadata.row_group(group).column(column)
     return int(found.data_page_offset)
 
 
-def test_parquet_reader_keeps_the_rows_before_a_broken_page(tmp_path: Path) -> None:
+def test_parquet_reader_keeps_the_rows_before_a_broken_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "ROWS_AT_ONCE", 2)
     path = tmp_path / "a.parquet"
     columns = {"image": pictures(), "caption": captions()}
     options: dict[str, Any] = {"use_dictionary": False, "data_page_size": 4096, "write_batch_size": 2}
@@ -303,7 +320,7 @@ def test_parquet_reader_keeps_the_rows_before_a_broken_page(tmp_path: Path) -> N
     lost = [row for row in rows if row.skipped is not None]
     assert told(lost) == [("a.parquet", reasons.BROKEN_FILE)]
     place = rows.index(lost[0])
-    assert ROWS_IN_A_GROUP <= place < 22
+    assert ROWS_IN_A_GROUP < place <= 22
     assert rows[:place] == whole[:place] and rows[place + 1 :] == whole[2 * ROWS_IN_A_GROUP :]
     assert f"after {place - ROWS_IN_A_GROUP} rows of row group 1" in lost[0].detail
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,6 +133,17 @@ def test_tar_reader_says_so_when_headers_never_end(tmp_path: Path) -> None:
     extended_header = member.tobuf(tarfile.PAX_FORMAT)[: 2 * BLOCK]
     (tmp_path / "s.tar").write_bytes(extended_header * 2000)
     assert told(read(tmp_path)) == [("s.tar", reasons.BROKEN_FILE)]
+
+
+def test_tar_reader_does_not_take_a_file_with_holes_for_one_piece(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, data in sample("a"):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            if name == "a.jpg":
+                member.pax_headers = {"GNU.sparse.size": "1000", "GNU.sparse.map": f"0,1,999,{len(data) - 1}"}
+            archive.addfile(member, io.BytesIO(data))
+    assert told(read(tmp_path)) == [("s/a", reasons.NO_PICTURE)]
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>no such shard</html>" * 100, bytes(100)])
