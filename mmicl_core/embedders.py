@@ -268,8 +268,8 @@ def _measure(encode: Callable[[list[Any]], Tensor], sample: Any, folder: Path, m
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         what = "text" if isinstance(sample, str) else "picture"
         raise BackboneError(
-            f"{folder} cannot embed a {what}: its {type(model).__name__} fails with {error!r}; name the folder "
-            "of a model that is made for it"
+            f"{folder} cannot embed a {what}: its {type(model).__name__} fails with {error!r}; name the "
+            "folder of a model that is made for it"
         ) from error
 
 

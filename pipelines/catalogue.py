@@ -88,7 +88,8 @@ def assign(corpus: Corpus, pairs: Stage, looked: Stage, config: ConceptConfig, r
         "concepts",
         looked=looked.fingerprint,
         by=config.by,
-        pipeline=config.spacy_pipeline if config.by == "head_noun" else None,
+        # Another version of a parser may find other nouns.
+        parser=HeadNouns.cached(config.spacy_pipeline).identity if config.by == "head_noun" else None,
         clusters=clusters.fingerprint if clusters else None,
         split=corpus.split.plain(),
         max_repeats=corpus.config.max_repeats,

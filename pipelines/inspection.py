@@ -36,7 +36,7 @@ from mmicl_core.evaluation.preview import (
     render_episodes_preview,
 )
 from pipelines.catalogue import Described
-from pipelines.episodes import Source, build_episodes, describe, redraw
+from pipelines.episodes import Source, build_episodes, describe, pool_folders, redraw
 from pipelines.lint import lint_corpus, look_through, printable, reference
 from pipelines.pairs import read_embedding_files
 from pipelines.stages import Stage, read_manifest
@@ -218,14 +218,10 @@ def _shown(row: Mapping[str, Any], small: bytes | None) -> ShownPicture:
 
 def _dataset(source: Source, config: EpisodeConfig, root: Path) -> Stage:
     """The stage that `build_episodes` makes, under the same name, whether it is there or not."""
-    groupings = needed_groupings(config)
-    stages = [source.catalogue(grouping) for grouping in groupings]
-    if "concept" in groupings:
-        stages.append(source.neighbour_concepts())
     return Stage(
         root,
         "episodes",
-        made_of=[stage.fingerprint for stage in stages],
+        made_of=pool_folders(source, config)[1],
         config=config.model_dump(mode="json", exclude={"preset", "count", "streamed"}),
     )
 

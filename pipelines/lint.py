@@ -21,11 +21,15 @@ from mmicl_core.data.episodes import needed_groupings
 from mmicl_core.data.reasons import CHOICES
 from mmicl_core.data.survey import find_examples, iter_left_out, iter_remarkable
 from pipelines.episodes import Source, describe
+from pipelines.pairs import open_corpus, read_pairs
 from pipelines.stages import read_manifest
 
 __all__ = ["lint_corpus", "look_through", "printable", "reference"]
 
 log = logging.getLogger("mmicl")
+
+LeftOut = dict[str, tuple[Path, Iterable[pa.Table]]]
+"""Stage -> its folder, and the rows that it left out."""
 
 EXAMPLES = 3
 MOST_TOLD = 160
@@ -40,8 +44,13 @@ def lint_corpus(run: RunConfig, root: Path) -> dict[str, Any]:
         within `corpus.max_skipped_share`. A table of it goes to the log.
     """
     lenient = run.corpus.model_copy(update={"max_skipped_share": 1.0})
-    source = describe(run.model_copy(update={"corpus": lenient}), root)
-    found = look_through(source, run.episodes)
+    pairs = read_pairs(open_corpus(lenient, run.concepts), root).folder
+    if read_manifest(pairs)["kept"]:
+        source = describe(run.model_copy(update={"corpus": lenient}), root)
+        found = look_through(source, run.episodes)
+    else:
+        # There is nothing to look at, and nothing to group.
+        found = _gather({"reading": (pairs, iter_left_out(pairs))}) | {"remarks": {}}
     read, most = found["read"], run.corpus.max_skipped_share
     faults = sum(reason["count"] for reason in found["reasons"] if reason["fault"])
     result = {
@@ -60,25 +69,31 @@ def look_through(source: Source, config: EpisodeConfig) -> dict[str, Any]:
     """Counts of all stages, with examples of what was left out or is unusual."""
     described = source.described
     pairs, looked = described.pairs.folder, described.looked.folder
-    read = read_manifest(pairs)["read"]
-    left_out: dict[str, tuple[Path, Iterable[pa.Table]]] = {
+    left_out: LeftOut = {
         "reading": (pairs, iter_left_out(pairs)),
         "looking": (looked, iter_remarkable(pairs, looked, described.parts, "skipped")),
     }
     for grouping in needed_groupings(config):
         folder = source.catalogue(grouping).folder
         left_out[f"grouping by {grouping}"] = (folder, iter_left_out(folder))
-    kept, reasons = {}, []
+    found = _gather(left_out)
+    remarkable = iter_remarkable(pairs, looked, described.parts, "remark")
+    remarks = _exemplify(read_manifest(looked)["remarks"], remarkable, "remark", found["read"])
+    return found | {"remarks": remarks}
+
+
+def _gather(left_out: LeftOut) -> dict[str, Any]:
+    """Counts of stages, of which the first has read the corpus."""
+    kept, reasons, read = dict[str, int](), list[dict[str, Any]](), 0
     for stage, (folder, tables) in left_out.items():
         manifest = read_manifest(folder)
+        read = read or manifest["read"]
         kept[stage] = manifest["kept"]
         reasons += [
             {"stage": stage, "reason": reason, "fault": reason not in CHOICES, **counted}
             for reason, counted in _exemplify(manifest["skipped"], tables, "skipped", read).items()
         ]
-    remarkable = iter_remarkable(pairs, looked, described.parts, "remark")
-    remarks = _exemplify(read_manifest(looked)["remarks"], remarkable, "remark", read)
-    return {"read": read, "kept": kept, "reasons": reasons, "remarks": remarks}
+    return {"read": read, "kept": kept, "reasons": reasons}
 
 
 def _exemplify(
@@ -118,15 +133,13 @@ def _table(result: Mapping[str, Any]) -> Iterable[str]:
 def _lines(label: str, counted: Mapping[str, Any]) -> Iterable[str]:
     yield f"{counted['count']:>9} {100 * counted['share']:>6.2f} %  {label}"
     for example in counted["examples"]:
+        place = f" in {reference(example['image'])}" if example["image"] else ""
         detail = f": {example['detail']}" if example["detail"] else ""
-        told = f"{example['picture']} in {reference(example['image'])}{detail}"
-        yield f"{'':>20}{printable(told)}"
+        yield f"{'':>20}{printable(example['picture'] + place + detail)}"
 
 
-def reference(image: Mapping[str, Any] | None) -> str:
+def reference(image: Mapping[str, Any]) -> str:
     """Where a picture lies, for people."""
-    if image is None:
-        return "no file"
     return f"{image['path']} ({image['member']})" if image["member"] else str(image["path"])
 
 

@@ -213,6 +213,7 @@ class _EmbeddingLook:
 
     def __init__(self, corpus: Corpus, pairs: Path, embedder: EmbedderConfig, backbone: Path) -> None:
         import torch
+
         from mmicl_core.embedders import build_embedder
 
         torch.set_num_threads(1)

@@ -25,6 +25,7 @@ log = logging.getLogger("mmicl")
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 15.0
+IDLE: list[tuple[str, Any]] = []
 
 
 class Counter(Protocol):
@@ -60,11 +61,11 @@ class _Count:
 @ray.remote(num_cpus=0)
 class _Counter:
     def __init__(self) -> None:
-        self._note = ""
         self.resume(0)
 
     def resume(self, count: int) -> None:
         self._done = self._before = count
+        self._note = ""
         self._since = time.monotonic()
 
     def add(self, count: int, note: str = "") -> None:
@@ -77,18 +78,43 @@ class _Counter:
 
 @contextmanager
 def counting(title: str, total: int) -> Iterator[Counter]:
-    """Show progress of `total` pieces of work for as long as the block runs."""
-    counter = _Counter.remote()  # type: ignore[attr-defined]
+    """Show progress of `total` pieces of work for as long as the block runs.
+
+    Whoever counts waits for its last count: the counter may serve other work right afterwards.
+    """
+    counter = _take_counter()
     done = threading.Event()
     show = _show_bar if sys.stderr.isatty() else _show_lines
     thread = threading.Thread(target=show, args=(title, total, counter, done), daemon=True)
     thread.start()
     try:
         yield counter
-    finally:
-        done.set()
-        thread.join()
+    except BaseException:
+        _end(thread, done)
+        # Somebody may still be counting.
         ray.kill(counter)
+        raise
+    _end(thread, done)
+    IDLE.append((_session(), counter))
+
+
+def _take_counter() -> Any:
+    """An idle counter of this connection to Ray, or another one: its process takes a second to start."""
+    while IDLE:
+        session, counter = IDLE.pop()
+        if session == _session():
+            ray.get(counter.resume.remote(0))
+            return counter
+    return _Counter.remote()  # type: ignore[attr-defined]
+
+
+def _session() -> str:
+    return str(ray.get_runtime_context().get_job_id() + ray.get_runtime_context().gcs_address)
+
+
+def _end(thread: threading.Thread, done: threading.Event) -> None:
+    done.set()
+    thread.join()
 
 
 def _show_bar(title: str, total: int, counter: Any, done: threading.Event) -> None:
@@ -116,6 +142,6 @@ def _show_lines(title: str, total: int, counter: Any, done: threading.Event) -> 
             continue
         last = time.monotonic()
         count = ray.get(counter.read.remote())
-        done, left = min(count.done, total), count.time_left(total)
-        log.info(f"{title}: {done} of {total}, {count.rate}, {left} left {count.note}".rstrip())
+        told = f"{min(count.done, total)} of {total}, {count.rate}, {count.time_left(total)} left"
+        log.info(f"{title}: {told} {count.note}".rstrip())
     log.info(f"{title}: {time.monotonic() - start:.0f} s")

@@ -197,6 +197,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
         if (step + 1) % run.train.checkpoint_every == 0 or step + 1 == run.train.steps:
             journal.checkpoint(engine.state(step + 1))
             ray.train.report(vars(metrics))
+    journal.close()
 
 
 class _Feed:
@@ -282,6 +283,11 @@ class _Journal:
             line |= {"replaced": dict(replaced)} if replaced else {}
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Wait until all steps are counted."""
+        if self._writes:
+            ray.get(self._counter.add.remote(0))
 
     def checkpoint(self, state: TrainState) -> None:
         """Replace the checkpoint."""

@@ -6,7 +6,7 @@ A pool maps files into memory and is never sent anywhere: each worker opens its 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from typing import Any
@@ -39,8 +39,8 @@ GROUPINGS: Mapping[str, Grouping] = {
 }
 """Task -> what its pictures are grouped by."""
 
-# 64 tasks of 2,048 embeddings, 768 wide, are 0.4 GB.
-MOST_EMBEDDED_TASKS = 64
+# 128 tasks of 2,048 embeddings, 512 wide; those asked for longest ago are read again.
+MOST_EMBEDDED_BYTES = 2**29
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 Embed = Callable[[Sequence[int] | Numbers], Vectors]
@@ -94,25 +94,30 @@ class Pool:
         """What keeps a query's picture out of its demonstrations."""
         return DuplicateGuard(section.catalogue, query, self._bits)
 
-    def embed(self, pictures: Sequence[int] | Numbers) -> Vectors:
-        """Embeddings of pictures in the catalogue by task, (N, E), of length 1."""
-        assert self._embed is not None, "open_pool lets no task that needs embeddings pass without"
-        vectors = np.asarray(self._embed(pictures), dtype=np.float32)
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        normalised: Vectors = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
-        return normalised
+    def nearest(self, query: int, group: int, pictures: Sequence[int] | Numbers, most: int) -> Iterator[int]:
+        """A task's pictures by the similarity of their embeddings to the query's, most similar first.
 
-    def embedded(self, group: int, pictures: Sequence[int] | Numbers, most: int) -> tuple[Numbers, Vectors]:
-        """At most `most` of a task's pictures, those whose SHA-256 is smallest, and their embeddings."""
+        Args:
+            pictures: of the task.
+            most: so many of them are compared, those whose SHA-256 is smallest.
+        """
         key = (group, most)
         if key not in self._chosen:
             self._chosen[key] = _by_digest(self._sections["task"].catalogue, pictures, most)
         if key not in self._embedded:
-            self._embedded[key] = self.embed(self._chosen[key])
-            if len(self._embedded) > MOST_EMBEDDED_TASKS:
+            self._embedded[key] = self._vectors(self._chosen[key])
+            while len(self._embedded) > 1 and _bytes(self._embedded.values()) > MOST_EMBEDDED_BYTES:
                 self._embedded.popitem(last=False)
         self._embedded.move_to_end(key)
-        return self._chosen[key], self._embedded[key]
+        similarity = self._embedded[key] @ self._vectors([query])[0]
+        return iter(self._chosen[key][np.argsort(-similarity, kind="stable")].tolist())
+
+    def _vectors(self, pictures: Sequence[int] | Numbers) -> Vectors:
+        assert self._embed is not None, "open_pool lets no task that needs embeddings pass without"
+        vectors = np.asarray(self._embed(pictures), dtype=np.float32)
+        lengths = np.sqrt(np.einsum("NE,NE->N", vectors, vectors))
+        normalised: Vectors = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)[:, None]
+        return normalised
 
 
 class DuplicateGuard:
@@ -191,3 +196,7 @@ def _by_digest(catalogue: Catalogue, pictures: Sequence[int] | Numbers, most: in
         chosen = nsmallest(most, numbers.tolist(), key=lambda number: catalogue.fingerprint(number)[0])
         numbers = np.sort(np.array(chosen, dtype=np.int64))
     return numbers
+
+
+def _bytes(arrays: Iterable[np.ndarray[Any, Any]]) -> int:
+    return sum(array.nbytes for array in arrays)

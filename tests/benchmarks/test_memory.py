@@ -42,9 +42,9 @@ build_episodes(describe(run, root), run.episodes, root)
 class Peak(threading.Thread):
     """Watches a process and all that it started."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: psutil.Process) -> None:
         super().__init__(daemon=True)
-        self._process, self.mebibytes, self._done = psutil.Process(process.pid), 0.0, threading.Event()
+        self._process, self.mebibytes, self._done = process, 0.0, threading.Event()
 
     def run(self) -> None:
         while not self._done.wait(POLL_SECONDS):
@@ -84,7 +84,7 @@ def peak_of(corpus: Path, root: Path) -> float:
     )
     command = [sys.executable, "-c", PROGRAM, run.model_dump_json(), str(root), str(OBJECT_STORE_BYTES)]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.DEVNULL) as process:
-        peak = Peak(process)
+        peak = Peak(psutil.Process(process.pid))
         peak.start()
         assert process.wait() == 0
         return peak.end()

@@ -44,7 +44,7 @@ ray.shutdown()
 """
 
 
-def _run(corpus: Path, count: int = EPISODES, **sections: Any) -> RunConfig:
+def _run(folder: Path, count: int = EPISODES, **sections: Any) -> RunConfig:
     stage = {"episodes": count, "min_shots_of_both_classes": 2, "max_shots_of_both_classes": 6}
     drawn = {
         "stages": [stage],
@@ -52,7 +52,7 @@ def _run(corpus: Path, count: int = EPISODES, **sections: Any) -> RunConfig:
         "episodes_per_file": 128,
         **sections.pop("episodes", {}),
     }
-    read = {"path": str(corpus), "rows_per_file": 7, **sections.pop("corpus", {})}
+    read = {"path": str(folder), "rows_per_file": 7, **sections.pop("corpus", {})}
     return load_run(None, {"corpus": read, "episodes": drawn, **sections})
 
 
@@ -173,7 +173,7 @@ def test_every_sample_is_kept_or_counted_with_its_reason_and_written_aside(tmp_p
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_corpus_with_more_faults_than_allowed_stops_and_tells_them_all(tmp_path: Path) -> None:
     run = _run(_bad_corpus(tmp_path / "corpus"), corpus={"max_skipped_share": 0.05})
-    with pytest.raises(DataError, match=r"4 of 46 samples .*1 broken file.*max_skipped_share \(0.05\)"):
+    with pytest.raises(DataError, match=r"4 of 44 samples .*1 broken file.*max_skipped_share \(0.05\)"):
         describe(run, tmp_path / "run")
     assert not [path for path in (tmp_path / "run").iterdir() if not path.name.endswith(".partial")]
 

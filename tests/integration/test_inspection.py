@@ -56,12 +56,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("run")
 
 
-def _run(corpus: Path, **sections: Mapping[str, Any]) -> RunConfig:
+def _run(folder: Path, **sections: Mapping[str, Any]) -> RunConfig:
     stages = [{"episodes": EPISODES, "min_shots_of_both_classes": 2, "max_shots_of_both_classes": 2}]
-    given = {"corpus": {"path": str(corpus)}, "episodes": {"stages": stages, "episodes_per_file": 16}}
-    return load_run(
-        None, {name: given.get(name, {}) | dict(sections.get(name, {})) for name in given | sections}
-    )
+    given: dict[str, Any] = {
+        "corpus": {"path": str(folder)} | dict(sections.pop("corpus", {})),
+        "episodes": {"stages": stages, "episodes_per_file": 16},
+    }
+    return load_run(None, given | sections)
 
 
 def test_lint_counts_every_sample_and_names_the_faulty_ones(
@@ -95,12 +96,20 @@ def test_lint_counts_every_sample_and_names_the_faulty_ones(
 
 
 def test_lint_reaches_the_end_of_a_corpus_that_a_run_refuses(corpus: Path, tmp_path: Path) -> None:
-    strict = _run(corpus, corpus={"path": str(corpus), "max_skipped_share": 0.05})
+    strict = _run(corpus, corpus={"max_skipped_share": 0.05})
     with pytest.raises(DataError, match="corpus lint"):
         describe(strict, tmp_path)
     found = lint_corpus(strict, tmp_path)
     assert found["read"] == 36 and found["passed"] is False
     assert found["max_skipped_share"] == 0.05
+
+
+def test_lint_of_a_corpus_without_a_usable_sample_ends_with_the_reading(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    write_tar(tmp_path / "corpus" / "worse.tar", [("a.json", b"{}")])
+    found = lint_corpus(_run(tmp_path / "corpus"), tmp_path / "run")
+    assert (found["read"], found["kept"], found["passed"]) == (1, {"reading": 0}, False)
+    assert [(reason["reason"], reason["count"]) for reason in found["reasons"]] == [("no picture", 1)]
 
 
 def test_stats_tell_the_numbers_of_what_was_kept(corpus: Path, root: Path) -> None:
@@ -122,9 +131,12 @@ def test_corpus_page_holds_pictures_and_captions_as_text(corpus: Path, root: Pat
     elements = [element for element, _ in parse(page)]
     assert made["pictures"] == 33 == elements.count("img") - made["left_out"]
     assert HOSTILE in told(page) and "script" not in elements
+    # The sample of broken metadata has a picture all the same; the one that is cut has none to show.
+    assert made["left_out"] == 1 and "broken metadata" in told(page)
     other = root / "other.html"
-    assert preview_corpus(_run(corpus), root, pictures=5, file=other)["file"] == str(other)
-    assert [element for element, _ in parse(other.read_text(encoding="utf-8"))].count("img") == 5
+    fewer = preview_corpus(_run(corpus), root, pictures=5, file=other)
+    assert (fewer["file"], fewer["pictures"]) == (str(other), 5)
+    assert [element for element, _ in parse(other.read_text(encoding="utf-8"))].count("img") == 5 + 1
 
 
 def test_episode_is_shown_again_and_held_against_what_is_written(corpus: Path, tmp_path: Path) -> None:

@@ -168,8 +168,7 @@ class _Tape:
     def take(self, size: int) -> bytes:
         """The next `size` bytes, fewer at the end."""
         pieces = []
-        # In pieces, so that what stands before the place where a compressed stream breaks off is given.
-        while size > 0 and (piece := self._file.read(min(size, PIECE_BYTES))):
+        while size > 0 and (piece := self._file.read(size)):
             pieces.append(piece)
             size -= len(piece)
             self._position += len(piece)

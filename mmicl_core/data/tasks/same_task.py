@@ -11,17 +11,13 @@ What is asked about a picture is the first question of its own conversation, or 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from typing import Any
-
-import numpy as np
 
 from mmicl_core.config.episodes import SameTaskConfig
 from mmicl_core.data import reasons
 from mmicl_core.data.catalogue import Catalogue
 from mmicl_core.data.plans import Plan, Slot
 from mmicl_core.data.pool import Pool
-from mmicl_core.data.sections import Numbers, shuffled
+from mmicl_core.data.sections import shuffled
 
 __all__ = ["plan_same_task"]
 
@@ -41,7 +37,7 @@ def plan_same_task(slot: Slot, task: SameTaskConfig, pool: Pool, rng: random.Ran
         return reasons.NOTHING_TOLD.format(count + 1)
     query = int(rng.choice(pictures))
     if task.choice == "similar":
-        candidates = _nearest(query, *pool.embedded(group, pictures, task.pool), pool)
+        candidates = pool.nearest(query, group, pictures, task.pool)
     else:
         candidates = shuffled(pictures, rng)
     shown = pool.guard(section, query).first(candidates, count)
@@ -52,11 +48,6 @@ def plan_same_task(slot: Slot, task: SameTaskConfig, pool: Pool, rng: random.Ran
     questions, answers = zip(*told, strict=True)
     scored = [False] * count + [True]
     return Plan(slot, task.type, turns, questions, answers, scored, demonstrations=count)
-
-
-def _nearest(query: int, pictures: Numbers, vectors: Any, pool: Pool) -> Iterator[int]:
-    similarity = vectors @ pool.embed([query])[0]
-    return iter(pictures[np.argsort(-similarity, kind="stable")].tolist())
 
 
 def _first_turn(catalogue: Catalogue, picture: int, question: str) -> tuple[str, str]:

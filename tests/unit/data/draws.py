@@ -20,7 +20,7 @@ CUPS = [f"cup-{number}" for number in range(6)]
 LONER = "sun"
 STYLES = [*TINY_STYLES, "clay", "wool"]
 HELD_OUT_CONCEPTS = {"cat-0", "cat-1", "cup-0", "cup-1"}
-DRAWS = 300
+DRAWS = 150
 
 
 def concept_rows() -> list[dict[str, Any]]:

@@ -211,11 +211,14 @@ def test_ranks_of_many_neighbours_are_told_in_ten_bins_that_cover_them_all(tmp_p
     groups = [f"g{number:03d}" for number in range(26)]
     catalogue = write_catalogue(tmp_path, [{"group": group, "picture": f"{group}-one"} for group in groups])
     neighbours = neighbours_of(catalogue, {groups[0]: groups[1:]})
-    row = _episode(0, (f"{groups[0]}-one", f"{groups[25]}-one"), (groups[0], groups[25]), rank=25)
-    ranks = _measure(catalogue, [row], neighbours=neighbours)["ranks"]
+    rows = [
+        _episode(rank, (f"{groups[0]}-one", f"{groups[rank]}-one"), (groups[0], groups[rank]), rank=rank)
+        for rank in (24, 25, 25, 1)
+    ]
+    ranks = _measure(catalogue, rows, neighbours=neighbours)["ranks"]
     covered = [rank for first, last in ranks["bins"] for rank in range(first, last + 1)]
     assert covered == list(range(1, 26)) and len(ranks["bins"]) == 10
-    assert ranks["observed"] == [0] * 9 + [1]
+    assert ranks["observed"] == [0.25] + [0] * 8 + [0.75]
     assert sum(ranks["expected"]) == pytest.approx(1)
 
 

@@ -50,7 +50,7 @@ def test_first_pictures_of_a_guard_are_none_where_there_are_fewer(tmp_path: Path
     assert pool.guard(section, 0).first(iter(range(4)), 4) is None
 
 
-def test_embedded_pictures_are_the_same_for_every_order_and_as_many_as_asked_for(tmp_path: Path) -> None:
+def test_nearest_pictures_are_those_of_like_direction_among_as_many_as_asked_for(tmp_path: Path) -> None:
     rows = [{"group": "t", "picture": f"p{number:02d}", "text": "x"} for number in range(40)]
     asked = []
 
@@ -60,12 +60,13 @@ def test_embedded_pictures_are_the_same_for_every_order_and_as_many_as_asked_for
 
     task = {"type": "same_task", "choice": "similar"}
     pool = mixed_pool(tmp_path, config_of(2, task), tasks=rows, embed=embed)
-    numbers, vectors = pool.embedded(0, range(40), 8)
     catalogue = pool.section("same_task").catalogue
     smallest = sorted(range(40), key=lambda number: catalogue.fingerprint(number)[0])[:8]
-    assert numbers.tolist() == sorted(smallest)
-    assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(8))
-    assert pool.embedded(0, range(40), 8)[1] is vectors and asked == [8]
+    # The angles of the pictures grow with their numbers, however long their embeddings are.
+    for query in (0, 39):
+        nearest = list(pool.nearest(query, 0, range(40), 8))
+        assert nearest == sorted(smallest, reverse=query == 39)
+    assert asked == [8, 1, 1], "a task is embedded once"
 
 
 @pytest.mark.parametrize(

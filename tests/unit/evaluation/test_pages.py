@@ -79,6 +79,14 @@ def test_columns_are_as_high_as_their_shares_and_stand_on_one_line() -> None:
     assert places == sorted(places) and len(set(places)) == 4
 
 
+def test_highest_column_fills_the_chart_however_small_its_share() -> None:
+    charts = [parse(column_chart(["1", "2"], {"observed": [share, share / 2]})) for share in (0.5, 0.001)]
+    heights = [
+        [attributes["height"] for element, attributes in chart if element == "rect"] for chart in charts
+    ]
+    assert heights[0] == heights[1] and float(heights[0][0] or 0) > 100
+
+
 def test_chart_of_nothing_is_drawn_empty() -> None:
     assert "<rect" not in column_chart([], {"observed": []}) + bar_chart([])
     assert "height=0.0" in column_chart(["1"], {"observed": [0.0]})

@@ -42,7 +42,7 @@ def test_whole_conversation_is_scored_and_only_its_first_turn_has_the_picture(tm
 def test_every_conversation_is_as_likely_as_any_other(tmp_path: Path) -> None:
     config = _config()
     rows = [*_talks("vqa", *[1] * 3), *_talks("ocr", *[2] * 17)]
-    drawn = draw_rows(mixed_pool(tmp_path, config, tasks=rows), config, 4000)
+    drawn = draw_rows(mixed_pool(tmp_path, config, tasks=rows), config, 2000)
     seen = Counter(episode["turns"][0]["picture"] for episode in drawn)
     assert len(seen) == 20 and chisquare(list(seen.values())).pvalue > 1e-3
 

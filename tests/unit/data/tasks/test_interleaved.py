@@ -32,7 +32,7 @@ def _pool(folder: Path, config: EpisodeConfig, *pages: list[dict[str, Any]]) -> 
 def test_target_stands_last_and_the_pairs_right_before_it_in_their_order(tmp_path: Path) -> None:
     config = _config(max_demonstrations=3, question="What?")
     targets = Counter[str]()
-    for episode in draw_rows(_pool(tmp_path, config, _page("p", "abcdefg")), config, 2000):
+    for episode in draw_rows(_pool(tmp_path, config, _page("p", "abcdefg")), config, 1000):
         places = [int(picture[1:]) for picture in pictures_of(episode)]
         target = places[-1]
         assert places == list(range(max(0, target - 3), target + 1))
