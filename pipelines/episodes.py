@@ -45,6 +45,7 @@ __all__ = [
     "build_episodes",
     "corpus_counts",
     "describe",
+    "episodes_stage",
     "pool_folders",
     "read_episodes",
     "redraw",
@@ -89,6 +90,12 @@ class PoolFolders:
     neighbours: Path | None
     looked: Path
 
+    @property
+    def names(self) -> list[str]:
+        """What is drawn from, wherever it lies: folder names end in fingerprints."""
+        folders = [folder for _, folder in self.catalogues] + ([self.neighbours] if self.neighbours else [])
+        return [folder.name for folder in folders]
+
 
 def describe(run: RunConfig, root: Path) -> Source:
     """Read a corpus, look at it and say what it shows; whatever is there is reused."""
@@ -113,13 +120,7 @@ def build_episodes(source: Source, config: EpisodeConfig, root: Path) -> Stage:
     Raises:
         DataError: not one could be drawn.
     """
-    folders, made_of = pool_folders(source, config)
-    stage = Stage(
-        root,
-        "episodes",
-        made_of=made_of,
-        config=config.model_dump(mode="json", exclude={"preset", "count", "streamed"}),
-    )
+    folders, stage = pool_folders(source, config), episodes_stage(source, config, root)
     size = config.episodes_per_file
     parts = [
         {"name": f"{number:05d}", "start": start, "size": min(size, config.total - start)}
@@ -136,12 +137,22 @@ def build_episodes(source: Source, config: EpisodeConfig, root: Path) -> Stage:
     return stage
 
 
+def episodes_stage(source: Source, config: EpisodeConfig, root: Path) -> Stage:
+    """What `build_episodes` makes, whether it is there or not."""
+    return Stage(
+        root,
+        "episodes",
+        made_of=pool_folders(source, config).names,
+        config=config.model_dump(mode="json", exclude={"preset", "count", "streamed"}),
+    )
+
+
 def stream_episodes(source: Source, config: EpisodeConfig) -> ray.data.Dataset:
     """The same episodes as EPISODE rows of a Ray dataset, drawn when they are read and written nowhere.
 
     Numbers that cannot be drawn are left out; `build_episodes` counts them.
     """
-    folders, _ = pool_folders(source, config)
+    folders = pool_folders(source, config)
     draw_batch = partial(_draw_batch, folders=folders, config=config)
     return ray.data.range(config.total).map_batches(
         draw_batch, batch_size=config.episodes_per_file, batch_format="pyarrow"
@@ -154,7 +165,7 @@ def redraw(source: Source, config: EpisodeConfig, number: int) -> dict[str, Any]
     Raises:
         DataError: it is one of those that cannot be drawn.
     """
-    table, reasons = _draw([number], *pool_folders(source, config)[:1], config)
+    table, reasons = _draw([number], pool_folders(source, config), config)
     if reasons:
         raise DataError(f"episode {config.seed}-{number} cannot be drawn: {reasons[0][1]}")
     return dict(table.to_pylist()[0])
@@ -208,17 +219,15 @@ def read_episodes(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def pool_folders(source: Source, config: EpisodeConfig) -> tuple[PoolFolders, list[str]]:
-    """Where the episodes of `config` are drawn from, and the fingerprints of that."""
+def pool_folders(source: Source, config: EpisodeConfig) -> PoolFolders:
+    """Where the episodes of `config` are drawn from; what is not there yet is made."""
     stages = {grouping: source.catalogue(grouping) for grouping in needed_groupings(config)}
     neighbours = source.neighbour_concepts() if "concept" in stages else None
-    folders = PoolFolders(
+    return PoolFolders(
         tuple((grouping, stage.folder) for grouping, stage in stages.items()),
         neighbours.folder if neighbours else None,
         source.described.looked.folder,
     )
-    made_of = [stage.fingerprint for stage in (*stages.values(), *([neighbours] if neighbours else []))]
-    return folders, made_of
 
 
 @lru_cache(maxsize=4)

@@ -36,7 +36,7 @@ from mmicl_core.evaluation.preview import (
     render_episodes_preview,
 )
 from pipelines.catalogue import Described
-from pipelines.episodes import Source, build_episodes, describe, pool_folders, redraw
+from pipelines.episodes import Source, build_episodes, describe, episodes_stage, redraw
 from pipelines.lint import lint_corpus, look_through, printable, reference
 from pipelines.pairs import read_embedding_files
 from pipelines.stages import Stage, read_manifest
@@ -136,7 +136,7 @@ def show_episode(run: RunConfig, root: Path, episode: str) -> dict[str, Any]:
             f"{seed}-{config.total - 1}"
         )
     source = describe(run, root)
-    row, stage = redraw(source, config, number), _dataset(source, config, root)
+    row, stage = redraw(source, config, number), episodes_stage(source, config, root)
     shown = {"episode": _plain(row), "written": None, "equals_written": None, "differs_in": []}
     if stage.complete:
         kept = _read_row(stage.folder, config, number) or {}
@@ -214,16 +214,6 @@ def _shown(row: Mapping[str, Any], small: bytes | None) -> ShownPicture:
     facts = [f"{row['width']} x {row['height']} {row['format']}", row["remark"], row["licence"]]
     title = row["name"] or row["concept"] or ""
     return ShownPicture(small, row["picture"], title, row["text"] or "", ", ".join(filter(None, facts)))
-
-
-def _dataset(source: Source, config: EpisodeConfig, root: Path) -> Stage:
-    """The stage that `build_episodes` makes, under the same name, whether it is there or not."""
-    return Stage(
-        root,
-        "episodes",
-        made_of=pool_folders(source, config)[1],
-        config=config.model_dump(mode="json", exclude={"preset", "count", "streamed"}),
-    )
 
 
 def _episode_files(folder: Path) -> list[Path]:

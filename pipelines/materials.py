@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from PIL import Image
 
@@ -52,30 +51,18 @@ class Materials:
     episodes: Path | None = None
     features: Path | None = None
     states: Path | None = None
-    drawn_from: str | None = None
-    """Fingerprints of what streamed episodes are drawn from."""
+    drawn_from: PoolFolders | None = None
+    """Where streamed episodes are drawn from, which are not written."""
 
-    def names(self) -> dict[str, str]:
+    def names(self) -> dict[str, Any]:
         """What the materials are, wherever they lie: folder names end in fingerprints."""
-        names = {name: Path(path).name for name, path in vars(self).items() if path is not None}
-        return names | {"backbone": backbone_identity(self.backbone)}
-
-    @classmethod
-    def read(cls, plain: Mapping[str, str]) -> Self:
-        """What `plain` gave."""
-        paths: dict[str, Any] = {name: Path(path) for name, path in plain.items() if name != "drawn_from"}
-        return cls(**paths, drawn_from=plain.get("drawn_from"))
-
-    def plain(self) -> dict[str, str]:
-        """For the way to another process."""
-        return {name: str(path) for name, path in vars(self).items() if path is not None}
+        paths = {name: path.name for name, path in vars(self).items() if isinstance(path, Path)}
+        drawn_from = self.drawn_from.names if self.drawn_from is not None else None
+        return paths | {"backbone": backbone_identity(self.backbone), "drawn_from": drawn_from}
 
 
-def prepare(run: RunConfig, root: Path) -> tuple[Materials, PoolFolders | None]:
+def prepare(run: RunConfig, root: Path) -> Materials:
     """Make whatever the method of `run` reads and is not there yet.
-
-    Returns:
-        The materials; and where episodes are drawn from, if they are streamed and not among those.
 
     Raises:
         ConfigError: the run would train on what is held out.
@@ -94,7 +81,7 @@ def prepare(run: RunConfig, root: Path) -> tuple[Materials, PoolFolders | None]:
             images = {row["picture"]: row["image"] for row in training_rows(concepts.folder)}
             teacher, side = resolve(run.method.teacher), run.method.teacher_pixels
             features = teach_pictures(source.described, teacher, side, images, root).folder
-        return replace(common, features=features), None
+        return replace(common, features=features)
     if run.episodes.streamed:
         return _prepare_stream(run, source, common, root)
     episodes = build_episodes(source, run.episodes, root)
@@ -103,26 +90,24 @@ def prepare(run: RunConfig, root: Path) -> tuple[Materials, PoolFolders | None]:
     if METHODS[run.method.type].needs_states:
         states = encode_demonstrations(source.described, backbone, rows, episodes.fingerprint, root).folder
     if isinstance(run.method, LclConfig) and run.method.train_vision_tower:
-        return replace(common, episodes=episodes.folder), None
+        return replace(common, episodes=episodes.folder)
     # A demonstration whose states are known is never looked at again; its query is.
     shown = [row | {"turns": row["turns"][-1:]} for row in rows] if states else rows
     variants = run.train.picture_variants
     features = encode_pictures(source.described, backbone, images_of(shown), variants, root).folder
-    return replace(common, episodes=episodes.folder, features=features, states=states), None
+    return replace(common, episodes=episodes.folder, features=features, states=states)
 
 
-def _prepare_stream(
-    run: RunConfig, source: Source, common: Materials, root: Path
-) -> tuple[Materials, PoolFolders]:
+def _prepare_stream(run: RunConfig, source: Source, common: Materials, root: Path) -> Materials:
     """Episodes are drawn when a step reads them: every picture may be met, and no demonstration is known."""
-    folders, made_of = pool_folders(source, run.episodes)
-    materials = replace(common, drawn_from="-".join(made_of))
+    folders = pool_folders(source, run.episodes)
+    materials = replace(common, drawn_from=folders)
     if isinstance(run.method, LclConfig) and run.method.train_vision_tower:
-        return materials, folders
+        return materials
     images = DrawnEpisodes(folders, run.episodes).images()
     variants = run.train.picture_variants
     features = encode_pictures(source.described, common.backbone, images, variants, root)
-    return replace(materials, features=features.folder), folders
+    return replace(materials, features=features.folder)
 
 
 def open_backbone(config: BackboneConfig, source: Source, root: Path) -> Path:

@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 CHECKED_AFTER = 10_000
+NOTHING_SEEN: Counts = {"read": 0, "kept": 0, "skipped": {}, "remarks": {}}
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def look_at_pairs(
         look,
         title="Looking at pictures",
         total=sum(part["size"] for part in parts),
+        summarise=lambda counts: NOTHING_SEEN | counts,
         check=partial(_check_share, most=corpus.config.max_skipped_share, where=corpus.config.path),
     )
     return stage

@@ -83,7 +83,10 @@ def run_parts(
         blocks: most pieces that Ray Data hands out; it changes nothing in the result.
     """
     if stage.complete:
-        return stage.reuse()
+        manifest = stage.reuse()
+        # Another run may have allowed more.
+        check(manifest | {"complete": True})
+        return manifest
     make_parts(stage, parts, build, title=title, total=total, check=check, blocks=blocks)
     return finish_parts(stage, parts, summarise=summarise, check=check)
 

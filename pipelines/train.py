@@ -59,8 +59,7 @@ def train(run: RunConfig, root: Path) -> Stage:
 
     The manifest holds `steps`, `world_size`, `zero_stage`, `partition`, `loss_first`, `loss_last`.
     """
-    materials, streamed = prepare(run, root)
-    named = run.method
+    materials, named = prepare(run, root), run.method
     if isinstance(named, SupConConfig):
         # Which teacher it was, the name of the materials says.
         named = named.model_copy(update={"teacher": None})
@@ -84,8 +83,7 @@ def train(run: RunConfig, root: Path) -> Stage:
         with counting("Training", run.train.steps) as counter:
             settings = {
                 "run": run.model_dump(mode="json"),
-                "materials": materials.plain(),
-                "streamed": streamed,
+                "materials": materials,
                 "work": str(work),
                 "counter": counter,
             }
@@ -173,7 +171,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     from pipelines.zero3 import ZERO_STAGE, ZeroEngine
 
     run = RunConfig.model_validate(settings["run"])
-    materials = Materials.read(settings["materials"])
+    materials: Materials = settings["materials"]
     work = Path(settings["work"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -185,9 +183,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     state = load_state(saved, _shapes(method)) if has_state(saved) else None
     first = state.step if state else 0
     engine = ZeroEngine(method, run.train, state)
-    folders = settings["streamed"]
-    drawn = DrawnEpisodes(folders, run.episodes) if folders is not None else None
-    feed = _Feed(run, method, materials, drawn)
+    feed = _Feed(run, method, materials)
     journal = _Journal(work, first, run.train, settings["counter"], writes=rank == 0)
     journal.describe(engine.largest_partition() | {"world_size": world_size, "zero_stage": ZERO_STAGE})
     for step in range(first, run.train.steps):
@@ -203,20 +199,20 @@ def _train_worker(settings: dict[str, Any]) -> None:
 class _Feed:
     """The batches of one worker: rows by number, features by key."""
 
-    def __init__(
-        self, run: RunConfig, method: Method, materials: Materials, drawn: DrawnEpisodes | None
-    ) -> None:
-        self._method, self._run, self._drawn = method, run, drawn
+    def __init__(self, run: RunConfig, method: Method, materials: Materials) -> None:
+        self._method, self._run = method, run
+        source = materials.drawn_from
+        self._drawn = DrawnEpisodes(source, run.episodes) if source is not None else None
         self._states = ArrayStore(materials.states) if materials.states else None
         self._pixels: Lookup = {}
-        self._rows = self._read_rows(materials, drawn)
+        self._rows = self._read_rows(materials)
         if method.reads == "pictures" or materials.features is None:
             reader = open_corpus(run.corpus, run.concepts).pictures(materials.pairs)
             self._pixels = PixelStore(reader, self._images(), method.backbone.pixels)
         # Features that training itself changes are not kept: the method makes them, from pixels.
         self._features = ArrayStore(materials.features) if materials.features else self._pixels
         # What decides the order of a pass is known of an episode before it is drawn.
-        outline = self._rows if drawn is None else drawn.outline()
+        outline = self._rows if self._drawn is None else self._drawn.outline()
         self._order = RowOrder(
             lambda epoch: method.epoch_order(outline, epoch, run.train.seed), run.train.global_batch
         )
@@ -241,9 +237,9 @@ class _Feed:
         variants = self._run.train.picture_variants
         return vary_turns(row, visit, variants, query_only=self._states is not None)
 
-    def _read_rows(self, materials: Materials, drawn: DrawnEpisodes | None) -> Sequence[dict[str, Any]]:
-        if drawn is not None:
-            return drawn
+    def _read_rows(self, materials: Materials) -> Sequence[dict[str, Any]]:
+        if self._drawn is not None:
+            return self._drawn
         if materials.episodes is not None:
             return read_episodes(materials.episodes)
         return training_rows(materials.catalogue)

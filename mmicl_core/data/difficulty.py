@@ -237,6 +237,7 @@ def _ranks(episodes: Sequence[_Episode], neighbours: Neighbours) -> dict[str, An
     sizes = Counter(len(neighbours.of(one.first)[0]) for one in ranked)
     most = max(sizes)
     observed = np.bincount([one.rank for one in ranked if one.rank is not None], minlength=most + 1)[1:]
+    assert len(observed) == most, "a rank is beyond the neighbours that the episodes were drawn from"
     expected = np.zeros(most)
     for size, count in sizes.items():
         weights = np.array(draw_weights(size), dtype=np.float64)

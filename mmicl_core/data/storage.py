@@ -110,9 +110,11 @@ class Location:
             hidden = any(_is_hidden(part) for part in path.split("/"))
             if info.type != fs.FileType.File or hidden or not path.lower().endswith(suffixes):
                 continue
-            if not self.pattern or fnmatchcase(path, self.pattern):
+            if self.pattern in ("", path) or fnmatchcase(path, self.pattern):
                 files.append(FoundFile(path, int(info.size or 0), int(info.mtime_ns or 0)))
-        return sorted(files, key=lambda file: file.path)
+        files.sort(key=lambda file: file.path)
+        # One file is meant by its own name, brackets and all.
+        return [file for file in files if file.path == self.pattern] or files
 
     def folders(self) -> list[str]:
         """The folders right below, in name order.

@@ -61,6 +61,7 @@ svg .soft{fill:#536072}
 # Pixels of the charts' own coordinates.
 BAR, ROW, LETTER, LEAST_LABEL, MOST_LABEL, NUMBER = 420, 34, 7.2, 120, 300, 110
 COLUMNS_WIDE, COLUMNS_HIGH, AXIS, MOST_TICKS = 640, 160, 60, 10
+SCALE = 1.2
 
 
 def render_page(title: str, parts: Iterable[str], style: str = "") -> str:
@@ -220,4 +221,6 @@ def _legend(names: Sequence[str]) -> list[str]:
 
 
 def _svg(width: float, height: float, drawn: Iterable[str]) -> str:
-    return f"<div class=chart><svg viewBox='0 0 {width:.0f} {height:.0f}'>{''.join(drawn)}</svg></div>"
+    # The letters of all charts of a page have one size, however wide the charts are.
+    size = f"viewBox='0 0 {width:.0f} {height:.0f}' style='max-width:{SCALE * width:.0f}px'"
+    return f"<div class=chart><svg {size}>{''.join(drawn)}</svg></div>"

@@ -116,9 +116,7 @@ def test_a_million_pairs_become_episodes_within_minutes(tmp_path: Path) -> None:
         corpus = Corpus(CorpusConfig(), Location(str(tmp_path)), None, Split(held_out_share=0.1))
         peak = Peak(psutil.Process())
         peak.start()
-        described = timed(
-            "concepts", lambda: assign(corpus, pairs, looked, ConceptConfig(), tmp_path)
-        )
+        described = timed("concepts", lambda: assign(corpus, pairs, looked, ConceptConfig(), tmp_path))
         neighbours = NeighbourConfig(by="similarity", preset="paper")
         source = Source(described, ConceptConfig(), neighbours, encoder, Path(), tmp_path)
         timed("catalogue", lambda: source.catalogue("concept"))

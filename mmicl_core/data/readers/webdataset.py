@@ -89,7 +89,7 @@ class _Shard:
         return self._is_compressed and suffix in PICTURE_SUFFIXES and size <= MOST_PICTURE_BYTES
 
     def row(self, name: str, members: dict[str, Member]) -> Row:
-        """The row of a sample. Args: its members by suffix."""
+        """The row of a sample, of which `members` are by their suffixes."""
         key = f"{self._unit.key}/{name}"
         picture = next((members[suffix] for suffix in PICTURE_SUFFIXES if suffix in members), None)
         image = None

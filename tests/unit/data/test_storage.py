@@ -148,6 +148,12 @@ def test_locate_takes_a_folder_for_itself_although_its_name_could_be_a_glob(tmp_
     assert paths(locate(str(tmp_path / "corpus [v2]" / "*.gz")).find("")) == ["b.tar.gz"]
 
 
+def test_locate_takes_a_file_for_itself_although_its_name_could_be_a_glob(tmp_path: Path) -> None:
+    write(tmp_path, ["shard [1].tar", "shard 1.tar"])
+    assert paths(locate(str(tmp_path / "shard [1].tar")).find(".tar")) == ["shard [1].tar"]
+    assert paths(locate(str(tmp_path / "shard [12].tar")).find(".tar")) == ["shard 1.tar"]
+
+
 def test_locate_refuses_what_is_not_there_and_what_it_does_not_know(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="missing does not exist: name a folder"):
         locate(str(tmp_path / "missing"))
