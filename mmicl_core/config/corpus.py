@@ -187,7 +187,9 @@ class CorpusConfig(Config):
                 "true to load them"
             )
         by_path = isinstance(reader, ParquetConfig) and reader.file is not None
-        if (by_path or isinstance(reader, LlavaConfig | Mmc4Config)) and self.images is None:
+        by_path = by_path or isinstance(reader, LlavaConfig)
+        by_path = by_path or (isinstance(reader, Mmc4Config) and not self.fetch.enabled)
+        if by_path and self.images is None:
             raise ValueError(
                 f"reader {reader.type} names its pictures by path, but images is none: name their folder"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -19,7 +19,7 @@ from pyarrow import ArrowException, fs
 
 from mmicl_core.errors import ConfigError, DataError
 
-__all__ = ["COPY", "CORPUS", "IMAGES", "FoundFile", "Location", "PictureReader", "iter_lines", "locate"]
+__all__ = ["COPY", "CORPUS", "IMAGES", "FoundFile", "Location", "PictureReader", "locate"]
 
 CORPUS = "corpus:"
 IMAGES = "images:"
@@ -228,14 +228,3 @@ class PictureReader:
         if len(self._open) > MOST_OPEN_FILES:
             self._open.popitem(last=False)[1].close()
         return file
-
-
-def iter_lines(location: Location, path: str) -> Iterator[bytes]:
-    """The lines of a file, decompressed by its suffix (`.gz`, `.zst`), without their ends."""
-    with location.filesystem.open_input_stream(location.full(path), compression="detect") as stream:
-        rest = b""
-        while chunk := stream.read(2**20):
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from lines
-        if rest:
-            yield rest

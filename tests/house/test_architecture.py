@@ -63,7 +63,6 @@ LIBRARY_HOMES = {
     "resvg_py": ("mmicl_core.data.open_emoji",),
     "httpcore": ("mmicl_core.data.network",),
     "protego": ("mmicl_core.data.courtesy",),
-    "ijson": ("mmicl_core.data.readers",),
     "imagehash": ("mmicl_core.data.look",),
 }
 

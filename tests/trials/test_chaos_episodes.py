@@ -88,7 +88,7 @@ def _workers(command: Command) -> list[psutil.Process]:
             title = process.cmdline()[:1]
         except psutil.Error:
             continue
-        if title and title[0].startswith("ray::") and "IDLE" not in title[0] and "Counter" not in title[0]:
+        if title and title[0].startswith("ray::MapBatches"):
             found.append(process)
     return found
 

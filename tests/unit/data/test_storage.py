@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gzip
 import os
 import pickle
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from mmicl_core.data.storage import (
     FoundFile,
     Location,
     PictureReader,
-    iter_lines,
     locate,
 )
 from mmicl_core.errors import ConfigError, DataError
@@ -185,15 +183,6 @@ def test_location_lets_no_path_lead_out_of_its_folder(path: str, tmp_path: Path)
 def test_location_takes_dots_in_names_for_what_they_are(tmp_path: Path) -> None:
     write(tmp_path, ["..a/b...c"])
     assert Location(str(tmp_path)).exists("..a/b...c")
-
-
-@pytest.mark.parametrize("name", ["lines.jsonl", "lines.jsonl.gz"])
-def test_lines_are_those_of_the_file_however_long_and_however_it_ends(name: str, tmp_path: Path) -> None:
-    lines = [b"one", b"", b"x" * (3 * 2**20), b"last"]
-    for end in (b"", b"\n"):
-        content = b"\n".join(lines) + end
-        (tmp_path / name).write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
-        assert list(iter_lines(Location(str(tmp_path)), name)) == lines
 
 
 def test_picture_reader_reads_exactly_the_bytes_of_a_reference(tmp_path: Path) -> None:

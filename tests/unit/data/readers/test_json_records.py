@@ -85,6 +85,26 @@ def test_json_line_that_is_too_long_costs_itself_alone(
     ]
 
 
+def test_json_line_that_never_ends_is_not_read_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_records, "MOST_BYTES", 2**18)
+    (tmp_path / "a.jsonl").write_bytes(b"1\n" + b"x" * 2**24)
+    tracemalloc.start()
+    found = list(read_json_lines(Location(str(tmp_path)), "a.jsonl"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found[0] == (0, 1) and found[1][1].reason == reasons.BROKEN_METADATA
+    assert peak < 4 * 2**20
+
+
+@pytest.mark.parametrize("rest", [b"x", b" ]", b"\n[2]", b",", b"\xff"])
+def test_json_array_with_something_behind_its_end_is_told(rest: bytes, tmp_path: Path) -> None:
+    found = _read_array(tmp_path, b"[1]" + rest)
+    assert found[0] == (0, 1)
+    assert [(number, fault.reason) for number, fault in found[1:]] == [(-1, reasons.BROKEN_FILE)]
+
+
 def test_json_array_item_that_never_ends_is_not_read_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
