@@ -34,7 +34,7 @@ from pipelines.parts import Counts, run_parts
 from pipelines.stages import Stage, read_manifest
 from tests.benchmarks.corpora import machine
 from tests.benchmarks.test_memory import Peak
-from tests.fakes import save_dual_encoder
+from tests.unit.test_embedders import save_clip
 
 PAIRS, CONCEPTS, WIDTH, EPISODES = 1_000_000, 10_000, 512, 100_000
 PAIRS_OF_A_FILE = 4096
@@ -107,7 +107,7 @@ def test_a_million_pairs_become_episodes_within_minutes(tmp_path: Path) -> None:
         {"name": f"{start:08d}", "start": start, "size": min(PAIRS_OF_A_FILE, PAIRS - start)}
         for start in range(0, PAIRS, PAIRS_OF_A_FILE)
     ]
-    encoder = DualEncoderConfig(path=str(save_dual_encoder(tmp_path / "encoder", width=WIDTH)))
+    encoder = DualEncoderConfig(path=str(save_clip(tmp_path / "encoder", WIDTH)))
     episodes = EpisodeConfig(preset="2-way-weight", count=EPISODES)
     with cluster():
         pairs, looked = (Stage(tmp_path, name, bench=1) for name in ("pairs", "looked"))

@@ -68,10 +68,10 @@ def drawn(model: Any) -> Any:
     return model.eval()
 
 
-def save_clip(folder: Path) -> Path:
+def save_clip(folder: Path, width: int = 24) -> Path:
     text = LAYERS | SPECIAL_IDS | {"hidden_size": 32, "max_position_embeddings": LONGEST}
     vision = LAYERS | {"hidden_size": 32, "image_size": 16, "patch_size": 8}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
     drawn(CLIPModel(config)).save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16})
     CLIPProcessor(images, tokenizer()).save_pretrained(folder)

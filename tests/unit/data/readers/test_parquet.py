@@ -147,6 +147,12 @@ def test_parquet_reader_names_the_columns_that_there_are_if_one_is_missing(tmp_p
         reader_of(tmp_path, image="jpg", key="uid").units()
 
 
+def test_parquet_reader_takes_a_picture_from_a_column_of_any_name(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", {"source": [b"?"], "caption": ["cat"]})
+    (row,) = read(tmp_path, image="source")
+    assert (row.skipped, row.encoded, row.pair["source"]) == (None, b"?", None)
+
+
 def test_parquet_reader_leaves_a_later_spelling_alone(tmp_path: Path) -> None:
     columns = {"image": [b"?"], "alt": ["cat"], "text": [[1, 2]], "license": ["MIT"], "kind": ["red-cat"]}
     write(tmp_path / "a.parquet", columns)
