@@ -8,6 +8,7 @@ process that reads it also decodes and embeds it. Counts add up: read = kept + t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +23,6 @@ import ray
 from mmicl_core.assets import EMBEDDED, resolve
 from mmicl_core.config.corpus import ConceptConfig, CorpusConfig, EmbedderConfig
 from mmicl_core.data import reasons
-from mmicl_core.data.files import file_digest
 from mmicl_core.data.ingest import write_pairs
 from mmicl_core.data.look import LOOKED_AT, Looker
 from mmicl_core.data.readers import build_reader
@@ -146,7 +146,15 @@ def _identity(corpus: Corpus, units: list[Unit]) -> list[Any]:
 
 
 def _digest(location: Location, path: str) -> str:
-    return file_digest(Path(location.full(path)))
+    # A unit may be a folder of pictures.
+    files = [path] if location.exists(path) else [file.path for file in location.find("", folder=path)]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.removeprefix(path).encode())
+        with location.stream(file) as stream:
+            while chunk := stream.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _check_share(counts: Counts, *, most: float, where: str) -> None:

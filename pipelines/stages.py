@@ -20,6 +20,7 @@ log = logging.getLogger("mmicl")
 MANIFEST_FILE = "_manifest.json"
 CONFIG_FILE = "_config.json"
 VERSION = 7
+# What this process made, or has said that it reuses.
 TOLD = set[Path]()
 
 
@@ -56,6 +57,7 @@ class Stage:
         with atomic_directory(self.folder) as folder:
             manifest = build(folder)
             self._describe(folder, manifest)
+        TOLD.add(self.folder)
         return manifest
 
     def reuse(self) -> dict[str, Any]:
@@ -69,6 +71,7 @@ class Stage:
         """Turn a folder in which all is made into the stage; gives its manifest."""
         manifest = {"fingerprint": self.fingerprint} | manifest
         self._describe(partial, manifest)
+        TOLD.add(self.folder)
         replace_directory(partial, self.folder)
         return manifest
 

@@ -76,10 +76,8 @@ def _with_pictures(rows: Iterable[Row], fetcher: Fetcher | None) -> Iterator[Row
     remaining = iter(rows)
     while chunk := list(islice(remaining, ROWS_AT_ONCE)):
         needs = [row for row in chunk if row.skipped is None and row.url and not _has_picture(row)]
-        if fetcher is None or not needs:
-            yield from (_not_fetched(row) if row in needs else row for row in chunk)
-            continue
-        loaded = {id(row): found for row, found in zip(needs, _load(needs, fetcher), strict=True)}
+        found = map(_not_fetched, needs) if fetcher is None else _load(needs, fetcher)
+        loaded = {id(row): result for row, result in zip(needs, found, strict=True)}
         yield from (loaded.get(id(row), row) for row in chunk)
 
 

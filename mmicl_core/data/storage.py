@@ -136,11 +136,6 @@ class Location:
         except UnicodeDecodeError as error:
             raise DataError(f"the name of a file, {error.object!r}, is not UTF-8: rename it") from error
 
-    def below(self, folder: str) -> Location:
-        """A folder below this one."""
-        place, mark, options = _split_options(self.uri)
-        return Location(f"{place.rstrip('/')}/{folder}{mark}{options}")
-
 
 def _is_hidden(name: str) -> bool:
     return name.startswith((".", "_"))

@@ -81,16 +81,6 @@ def test_location_opens_what_it_found(corpus: Location) -> None:
 
 def test_location_lists_the_folders_right_below(corpus: Location) -> None:
     assert corpus.folders() == ["deep"]
-    assert corpus.below("deep").folders() == ["er"]
-    assert paths(corpus.below("deep").below("er").find("")) == ["c.TAR"]
-
-
-def test_location_below_a_uri_keeps_the_options_of_its_filesystem() -> None:
-    options = "?region=eu-west-1&endpoint_override=localhost%3A9000"
-    assert (
-        Location(f"s3://bucket/corpus{options}").below("deep/er").uri
-        == f"s3://bucket/corpus/deep/er{options}"
-    )
 
 
 def test_location_travels_to_workers(corpus: Location) -> None:
