@@ -195,10 +195,8 @@ def test_language_model_and_tower_train_together_from_pixels(folder: Path) -> No
     assert moved == {name for name in start if "post_layernorm" not in name}
 
 
-def test_streamed_episodes_train_like_written_ones_and_none_is_written(
-    folder: Path, method: MethodConfig, uninterrupted: Path, tmp_path: Path
-) -> None:
-    written = _run(folder, method, 4, workers=2)
+def test_streamed_episodes_train_like_written_ones_and_none_is_written(folder: Path, tmp_path: Path) -> None:
+    written = _run(folder, AimConfig(), 4, workers=2)
     streamed = written.model_copy(update={"episodes": written.episodes.model_copy(update={"streamed": True})})
     # Versions of demonstrations are seen only where their states are not kept.
     plain = {"train": written.train.model_copy(update={"picture_variants": 1})}
