@@ -160,6 +160,7 @@ class CorpusConfig(Config):
     """Folder of the picture files that the corpus names by path, or of MMC4's picture shards."""
 
     fetch: FetchConfig = FetchConfig()
+    """Loading what the corpus names by URL."""
 
     max_pixels: int = Field(default=64_000_000, ge=1)
     """Largest picture, decoded: a small file can hold a huge one."""

@@ -93,9 +93,30 @@ def test_mistake_in_an_override_names_the_command_line(tmp_path):
                     ]
                 }
             },
-            r"\(5\).*\(2\): swap",
+            r"\(10\).*\(4\): swap",
         ),
-        ({"episodes": {"questions": []}}, "at least 1 item"),
+        ({"episodes": {"tasks": [{"type": "two_way", "questions": []}]}}, "at least 1 item"),
+        ({"episodes": {"stages": [{"episodes": 1, "min_shots_of_both_classes": 3}]}}, r"\(3\).*odd_shots"),
+        ({"episodes": {"preset": "3-way"}}, "preset '3-way' is unknown: choose one of 2-way, "),
+        ({"neighbours": {"by": "similarity"}}, "compares embeddings, but embedder is none"),
+        (
+            {
+                "neighbours": {"by": "similarity"},
+                "embedder": {"type": "text", "sentence_encoder": "minilm"},
+            },
+            r"image_text \(0.8\) .* embedder text has no common space",
+        ),
+        (
+            {"neighbours": {"preset": "paper", "search": "approximate"}},
+            "'intervals' sorts all concepts",
+        ),
+        (
+            {"corpus": {"reader": {"type": "parquet", "image": None, "url": "url"}}},
+            "fetch.enabled is false",
+        ),
+        ({"corpus": {"reader": {"type": "llava"}}}, "images is none: name their folder"),
+        ({"corpus": {"reader": {"type": "parquet", "url": "u"}}}, r"\['image', 'url'\] are named"),
+        ({"episodes": {"tasks": [{"type": "instruction"}]}}, "method aim .* hold 'instruction'"),
         ({"episodes": {"part": "test"}}, "'train', .*'held_out_concepts' or 'held_out_style'"),
         ({"train": {"learning_rate": 0}}, "greater than 0 .found 0"),
         ({"evaluate": {"conditions": ["none"]}}, "found 'none'"),
@@ -135,3 +156,33 @@ def test_fused_condition_without_an_aggregator_is_refused():
     with pytest.raises(ValidationError, match="aggregator is None"):
         RunConfig.model_validate({"evaluate": {"aggregator": None}})
     RunConfig.model_validate({"evaluate": {"aggregator": None, "conditions": ["full"]}})
+
+
+@pytest.mark.parametrize(
+    ("preset", "low", "high", "odd", "growth"),
+    [
+        ("2-way", 16, 16, False, 0.0),
+        ("2-way-random", 2, 16, True, 0.0),
+        ("2-way-weight", 2, 16, True, 1.0),
+        ("mix", 16, 16, False, 0.0),
+        ("released-2way-weight", 2, 2, False, 0.0),
+        ("released-2way-random-shot", 2, 32, False, 0.25),
+    ],
+)
+def test_preset_is_what_its_source_says_and_yields_to_what_is_set(preset, low, high, odd, growth):
+    run = load_run(None, {"episodes": {"preset": preset, "count": 9}}).episodes
+    (stage,) = run.stages
+    told = (stage.min_shots_of_both_classes, stage.max_shots_of_both_classes, stage.odd_shots, stage.growth)
+    assert told == (low, high, odd, growth)
+    assert run.total == 9
+    released = preset.startswith("released")
+    names = ("random_letters", "true_name") if released else ("made_up", "made_up")
+    assert (run.tasks[0].positive_name, run.tasks[0].negative_name) == names
+    assert [task.type for task in run.tasks[1:]] == (["caption"] if preset == "mix" else [])
+    other = load_run(None, {"episodes": {"preset": preset, "same_shots_in_a_row": 4}}).episodes
+    assert (other.same_shots_in_a_row, run.same_shots_in_a_row) == (4, 1)
+
+
+def test_neighbours_as_in_the_paper_and_as_released_are_presets():
+    told = [load_run(None, {"neighbours": {"preset": name}}).neighbours for name in ("paper", "released")]
+    assert [(one.count, one.choice) for one in told] == [(100, "intervals"), (36, "released_intervals")]
