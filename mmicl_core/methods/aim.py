@@ -159,10 +159,17 @@ class Aim(Method):
     def collate(self, rows: Sequence[Mapping[str, Any]], features: Lookup, states: Lookup | None) -> AimBatch:
         """Episodes -> queries; the demonstrations are looked up in `states`, or read with the queries."""
         prompts, lengths, pictures, demonstrations = [], [], [], list[Turn]()
+        states_TD = list[torch.Tensor]()
         for row in rows:
             *shown, query = episode_turns(row)
             prompts.append(fused_prompt(self.chat, len(shown), query))
-            lengths.append([count_tokens(self.chat.turn(turn), 0)[1] for turn in shown])
+            if states is None:
+                lengths.append([count_tokens(self.chat.turn(turn), 0)[1] for turn in shown])
+            else:
+                # Rendering a turn again costs more than all else here.
+                kept = [torch.tensor(states[demonstration_key(turn)]) for turn in shown]
+                lengths.append([len(state) for state in kept])
+                states_TD += kept
             pictures.append(query.picture)
             demonstrations += shown
         packed = pack(
@@ -173,8 +180,7 @@ class Aim(Method):
         )
         vision_NVW = stack(features, pictures)
         if states is not None:
-            kept = [torch.tensor(states[demonstration_key(turn)]) for turn in demonstrations]
-            return AimBatch(packed, vision_NVW, kept)
+            return AimBatch(packed, vision_NVW, states_TD)
         seen_NVW = stack(features, [turn.picture for turn in demonstrations])
         return AimBatch(
             packed, vision_NVW, pack_demonstrations(self.backbone, self.chat, demonstrations, seen_NVW)
