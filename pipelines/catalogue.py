@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import ray
 
 from mmicl_core.config.corpus import ConceptConfig
+from mmicl_core.data.arrow_files import read_arrow, write_arrow
 from mmicl_core.data.catalogue import make_bucket, write_bucket
 from mmicl_core.data.concepts import Clusters, HeadNouns, is_in_sample
 from mmicl_core.data.grouping import (
@@ -150,7 +151,7 @@ def _fit(looked: Path, folder: Path, config: ConceptConfig) -> dict[str, Any]:
     for file, vectors in zip(
         sorted(looked.glob("looked-*.arrow")), read_embedding_files(looked), strict=True
     ):
-        table = _read_arrow(file)
+        table = read_arrow(file)
         keys, usable = table.column("picture").to_pylist(), pc.is_null(table.column("skipped")).to_pylist()
         rows = [
             row
@@ -173,7 +174,7 @@ def _assign_part(
     name = part["name"]
     columns = ["picture", "text", "concept", "name", "style"]
     pairs = pq.read_table(described.pairs.folder / f"pairs-{name}.parquet", columns=columns)
-    looked = _read_arrow(described.looked.folder / f"looked-{name}.arrow")
+    looked = read_arrow(described.looked.folder / f"looked-{name}.arrow")
     namer = None
     if config.by == "head_noun":
         namer = partial(_head_nouns, nouns=HeadNouns.cached(config.spacy_pipeline))
@@ -182,7 +183,7 @@ def _assign_part(
         namer = partial(_clusters, vectors=vectors, clusters=Clusters.load(clusters / "clusters.npy"))
     split = described.corpus.split
     concepts = assign_concepts(pairs, looked, split, namer)
-    _write_arrow(folder / f"concepts-{name}.arrow", concepts)
+    write_arrow(folder / f"concepts-{name}.arrow", concepts)
     shown, held = hashes_of_sides(concepts)
     np.save(folder / f"shown-{name}.npy", shown)
     np.save(folder / f"held-{name}.npy", held)
@@ -246,8 +247,8 @@ def _give_part(
 ) -> tuple[dict[str, int], Counts]:
     name = names[part["file"]]
     pairs = pq.read_table(described.pairs.folder / f"pairs-{name}.parquet", columns=list(PAIR_COLUMNS))
-    looked = _read_arrow(described.looked.folder / f"looked-{name}.arrow")
-    concepts = _read_arrow(described.concepts.folder / f"concepts-{name}.arrow")
+    looked = read_arrow(described.looked.folder / f"looked-{name}.arrow")
+    concepts = read_arrow(described.concepts.folder / f"concepts-{name}.arrow")
     placeholders = _read_hashes(described.concepts.folder, "placeholders")
     twins = _read_hashes(described.concepts.folder, "twins")
     split = described.corpus.split
@@ -295,13 +296,3 @@ def _add_up(counts: Counts) -> Counts:
 
 def _read_hashes(folder: Path, kind: str) -> np.ndarray[Any, Any]:
     return np.concatenate([np.load(file) for file in sorted(folder.glob(f"{kind}-*.npy"))])
-
-
-def _read_arrow(path: Path) -> pa.Table:
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()
-
-
-def _write_arrow(path: Path, table: pa.Table) -> None:
-    with pa.ipc.new_file(str(path), table.schema) as writer:
-        writer.write_table(table)

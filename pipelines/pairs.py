@@ -9,6 +9,7 @@ process that reads it also decodes and embeds it. Counts add up: read = kept + t
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
 from mmicl_core.assets import EMBEDDED, resolve
 from mmicl_core.config.corpus import ConceptConfig, CorpusConfig, EmbedderConfig
 from mmicl_core.data import reasons
+from mmicl_core.data.arrow_files import write_arrow
 from mmicl_core.data.ingest import write_pairs
 from mmicl_core.data.look import LOOKED_AT, Looker
 from mmicl_core.data.readers import build_reader
@@ -194,28 +195,19 @@ def look_at_part(
     looked, vectors = Looker(pictures.read, corpus.config.max_pixels, embedder)(table)
     pictures.close()
     files = {f"looked-{part['name']}.arrow": looked.num_rows}
-    with pa.ipc.new_file(str(folder / f"looked-{part['name']}.arrow"), looked.schema) as writer:
-        writer.write_table(looked)
+    write_arrow(folder / f"looked-{part['name']}.arrow", looked)
     if vectors is not None:
         np.save(folder / f"embedded-{part['name']}.npy", vectors)
         files[f"embedded-{part['name']}.npy"] = len(vectors)
-    skipped = _tally(looked.column("skipped").to_pylist())
+    skipped = dict(Counter(filter(None, looked.column("skipped").to_pylist())))
     kept = looked.num_rows - sum(skipped.values())
     remarks = [remark for told in looked.column("remark").to_pylist() if told for remark in told.split(", ")]
     return files, {
         "read": looked.num_rows,
         "kept": kept,
         "skipped": skipped,
-        "remarks": _tally(remarks),
+        "remarks": dict(Counter(remarks)),
     }
-
-
-def _tally(reasons: list[str | None]) -> dict[str, int]:
-    tally: dict[str, int] = {}
-    for reason in reasons:
-        if reason is not None:
-            tally[reason] = tally.get(reason, 0) + 1
-    return tally
 
 
 class _EmbeddingLook:

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmicl_core.data import reasons
+from mmicl_core.data.arrow_files import read_arrow, write_arrow
 from mmicl_core.data.schema import IMAGE, PAIR
 from mmicl_core.errors import DataError
 
@@ -99,8 +100,8 @@ def make_bucket(rows: pa.Table, min_pictures: int) -> tuple[pa.Table, pa.Table, 
 
 def write_bucket(folder: Path, number: int, pictures: pa.Table, groups: pa.Table) -> None:
     """Write the two files of a bucket, each as one record batch."""
-    _write(folder / f"pictures-{number:05d}.arrow", pictures)
-    _write(folder / f"groups-{number:05d}.arrow", groups)
+    write_arrow(folder / f"pictures-{number:05d}.arrow", pictures)
+    write_arrow(folder / f"groups-{number:05d}.arrow", groups)
 
 
 class Catalogue:
@@ -110,9 +111,9 @@ class Catalogue:
         files = sorted(folder.glob("pictures-*.arrow"))
         if not files:
             raise DataError(f"{folder} holds no catalogue: it has no pictures-*.arrow")
-        self._pictures = [_map(file) for file in files]
+        self._pictures = [read_arrow(file) for file in files]
         self._scanned: dict[str, pa.ChunkedArray] = {}
-        groups = [_map(folder / file.name.replace("pictures", "groups")) for file in files]
+        groups = [read_arrow(folder / file.name.replace("pictures", "groups")) for file in files]
         # Where each bucket's pictures begin; the last number is the end.
         self._starts = np.cumsum([0, *(table.num_rows for table in self._pictures)])
         self.groups = pa.concat_tables(groups)
@@ -240,17 +241,6 @@ def _groups(pictures: pa.Table) -> pa.Table:
     return table.cast(GROUP)
 
 
-def _write(path: Path, table: pa.Table) -> None:
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        for batch in table.combine_chunks().to_batches():
-            writer.write_batch(batch)
-
-
 def _view(array: pa.Array, size: int) -> memoryview:
     values = memoryview(array.buffers()[1])
     return values[size * array.offset : size * (array.offset + len(array))]
-
-
-def _map(path: Path) -> pa.Table:
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()

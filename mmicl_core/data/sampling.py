@@ -18,7 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-__all__ = ["SAMPLED_FROM", "read_arrow", "sample_episodes", "sample_pictures", "spread"]
+from mmicl_core.data.arrow_files import read_arrow
+
+__all__ = ["SAMPLED_FROM", "sample_episodes", "sample_pictures", "spread"]
 
 SAMPLED_FROM: Mapping[str, tuple[str, ...]] = {
     "pairs": ("picture", "image", "text", "licence"),
@@ -86,12 +88,6 @@ def sample_pictures(
         if len(here):
             rows += _take(folders, part, here)
     return rows
-
-
-def read_arrow(path: Path) -> pa.Table:
-    """A table of an Arrow IPC file, mapped into memory."""
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()
 
 
 def _between(numbers: Places, start: int, end: int) -> Places:

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mmicl_core.data.arrow_files import read_arrow
 from mmicl_core.data.catalogue import Catalogue
-from mmicl_core.data.sampling import read_arrow
 
 __all__ = [
     "find_examples",
