@@ -2,7 +2,9 @@
 
 A part is a piece of work with a name. Its files are written under a temporary name and moved to their
 place, and the note of its counts is moved last: a part without its note is made again, and gives the same
-bytes. Until all parts are there, a stage lies in `NAME.partial`; then it takes its name.
+bytes. Until all parts are there, a stage lies in `NAME.partial`; then the manifest is written, what was only
+needed on the way is removed, and the folder takes its name: whatever moment a kill comes at, the next run
+goes on from there.
 
     NAME.partial/.notes/PART.json     files with rows and SHA-256, counts
     NAME/_manifest.json               all of them, summed up
@@ -29,13 +31,14 @@ import ray
 from mmicl_core.data.files import file_digest, write_atomic
 from mmicl_core.data.schema import SCHEMA_VERSION
 from pipelines.progress import counting
-from pipelines.stages import Stage
+from pipelines.stages import MANIFEST_FILE, Stage, read_manifest
 
 __all__ = ["Build", "Counts", "Pool", "add_counts", "finish_parts", "make_parts", "run_parts"]
 
 log = logging.getLogger("mmicl")
 
 NOTES = ".notes"
+MAKING = ".making-"
 MOST_BLOCKS = 2000
 
 Counts = dict[str, Any]
@@ -102,7 +105,9 @@ def make_parts(
     blocks: int = MOST_BLOCKS,
 ) -> Path:
     """Make the parts that are missing, and give the folder that they lie in until the stage is finished."""
-    folder = stage.folder.with_name(f"{stage.folder.name}.partial")
+    folder = _partial(stage)
+    if (folder / MANIFEST_FILE).is_file():
+        return folder
     (folder / NOTES).mkdir(parents=True, exist_ok=True)
     missing = [part for part in parts if not _note(folder, part).is_file()]
     if len(missing) < len(parts):
@@ -129,23 +134,38 @@ def finish_parts(
     Args:
         drop: a glob of files that were only needed on the way.
     """
-    folder = stage.folder.with_name(f"{stage.folder.name}.partial")
+    folder = _partial(stage)
+    if (folder / MANIFEST_FILE).is_file():
+        check(read_manifest(folder) | {"complete": True})
+    else:
+        stage.describe(folder, _manifest(stage, parts, summarise, check, drop))
+    for path in list(folder.iterdir()):
+        if path.is_dir():
+            # The notes, and what a lost worker was making.
+            shutil.rmtree(path)
+        elif path.name.startswith(".") or fnmatchcase(path.name, drop):
+            path.unlink()
+    stage.seal(folder)
+    return read_manifest(stage.folder)
+
+
+def _manifest(
+    stage: Stage,
+    parts: Sequence[Mapping[str, Any]],
+    summarise: Callable[[Counts], Counts],
+    check: Callable[[Counts], None],
+    drop: str,
+) -> dict[str, Any]:
     files: dict[str, Any] = {}
     counts: Counts = {}
     for part in parts:
-        told = json.loads(_note(folder, part).read_text(encoding="utf-8"))
+        told = json.loads(_note(_partial(stage), part).read_text(encoding="utf-8"))
         files |= told["files"]
         counts = add_counts(counts, told["counts"])
     check(counts | {"complete": True})
     lasting = {name: about for name, about in sorted(files.items()) if not fnmatchcase(name, drop)}
-    manifest = stage.seal(folder, {"schema_version": SCHEMA_VERSION, "files": lasting} | summarise(counts))
-    # From here on the stage is there, and a kill only leaves behind what nobody reads.
-    for passing in files.keys() - lasting.keys():
-        (stage.folder / passing).unlink()
-    for leftover in stage.folder.glob(".making-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    shutil.rmtree(stage.folder / NOTES)
-    return manifest
+    known = {"fingerprint": stage.fingerprint, "schema_version": SCHEMA_VERSION, "files": lasting}
+    return known | summarise(counts)
 
 
 def add_counts(one: Counts, other: Counts) -> Counts:
@@ -212,7 +232,7 @@ def _make_part(part: Mapping[str, Any], build: Build, folder: Path) -> Counts:
         # A worker that was lost after its last part leaves finished ones behind.
         told: Counts = json.loads(note.read_text(encoding="utf-8"))["counts"]
         return told
-    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder))
+    temporary = Path(tempfile.mkdtemp(prefix=MAKING, dir=folder))
     try:
         rows, counts = build(part, temporary)
         files = {
@@ -225,6 +245,10 @@ def _make_part(part: Mapping[str, Any], build: Build, folder: Path) -> Counts:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return counts
+
+
+def _partial(stage: Stage) -> Path:
+    return stage.folder.with_name(f"{stage.folder.name}.partial")
 
 
 def _note(folder: Path, part: Mapping[str, Any]) -> Path:

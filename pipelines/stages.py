@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from mmicl_core.config.base import fingerprint
 from mmicl_core.data.files import atomic_directory, replace_directory, write_atomic
 
-__all__ = ["Stage", "read_manifest"]
+__all__ = ["MANIFEST_FILE", "Stage", "read_manifest"]
 
 log = logging.getLogger("mmicl")
 
@@ -56,7 +56,7 @@ class Stage:
             return self.reuse()
         with atomic_directory(self.folder) as folder:
             manifest = build(folder)
-            self._describe(folder, manifest)
+            self.describe(folder, manifest)
         TOLD.add(self.folder)
         return manifest
 
@@ -67,17 +67,15 @@ class Stage:
             TOLD.add(self.folder)
         return read_manifest(self.folder)
 
-    def seal(self, partial: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Turn a folder in which all is made into the stage; gives its manifest."""
-        manifest = {"fingerprint": self.fingerprint} | manifest
-        self._describe(partial, manifest)
-        TOLD.add(self.folder)
-        replace_directory(partial, self.folder)
-        return manifest
-
-    def _describe(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def describe(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Write down what made the files of a folder, and what they are."""
         write_atomic(folder / CONFIG_FILE, _json(self.settings))
         write_atomic(folder / MANIFEST_FILE, _json(manifest))
+
+    def seal(self, partial: Path) -> None:
+        """Turn a described folder into the stage."""
+        TOLD.add(self.folder)
+        replace_directory(partial, self.folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
