@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from mmicl_core.errors import ConfigError
 
-__all__ = ["RECIPES", "Parser", "find_recipe", "output_folder"]
+__all__ = ["RECIPES", "Parser", "find_recipe", "output_folder", "positive"]
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -22,6 +22,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print and exit for."""
         raise ConfigError(f"{message}; `{self.prog} --help` lists what there is")
+
+
+def positive(text: str) -> int:
+    """A count of one or more, as argparse reads it.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
 
 
 def find_recipe(name: str) -> Path:

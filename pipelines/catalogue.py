@@ -26,6 +26,7 @@ from mmicl_core.config.corpus import ConceptConfig
 from mmicl_core.data.arrow_files import read_arrow, write_arrow
 from mmicl_core.data.catalogue import make_bucket, write_bucket
 from mmicl_core.data.concepts import Clusters, HeadNouns, is_in_sample
+from mmicl_core.data.exchange import read_exchange, write_exchange
 from mmicl_core.data.grouping import (
     Grouping,
     assign_concepts,
@@ -33,11 +34,10 @@ from mmicl_core.data.grouping import (
     find_repeats,
     hashes_of_sides,
     in_range,
-    split_by_bucket,
 )
 from mmicl_core.data.schema import SKIPPED
 from pipelines.pairs import Corpus, read_embedding_files
-from pipelines.parts import Counts, finish_parts, make_parts
+from pipelines.parts import Counts, finish_parts, is_finished, make_parts
 from pipelines.stages import Stage, read_manifest
 
 __all__ = ["Described", "assign", "build_catalogue"]
@@ -96,8 +96,7 @@ def assign(corpus: Corpus, pairs: Stage, looked: Stage, config: ConceptConfig, r
         max_repeats=corpus.config.max_repeats,
     )
     described = Described(corpus, pairs, looked, stage)
-    if stage.complete:
-        stage.reuse()
+    if is_finished(stage):
         return described
     names = described.parts
     rows = read_manifest(looked.folder)["read"]
@@ -118,8 +117,7 @@ def build_catalogue(described: Described, grouping: Grouping, min_pictures: int,
     # Documents and tasks have no pictures too few to tell them apart by.
     least = min_pictures if grouping == "concept" else 1
     stage = Stage(root, f"catalogue-{grouping}", concepts=described.concepts.fingerprint, min_pictures=least)
-    if stage.complete:
-        stage.reuse()
+    if is_finished(stage):
         return stage
     names, rows = described.parts, read_manifest(described.looked.folder)["kept"]
     buckets = -(-rows // ROWS_OF_A_BUCKET) or 1
@@ -253,9 +251,7 @@ def _give_part(
     twins = _read_hashes(described.concepts.folder, "twins")
     split = described.corpus.split
     rows, left_out = catalogued(pairs, looked, concepts, grouping, split, placeholders, twins, part["file"])
-    with pa.ipc.new_file(str(folder / f"exchange-{name}.arrow"), rows.schema) as writer:
-        for batch in split_by_bucket(rows, buckets):
-            writer.write_batch(batch)
+    write_exchange(folder / f"exchange-{name}.arrow", rows, buckets, "group")
     files, counts = _aside(left_out, folder, part["name"])
     files[f"exchange-{name}.arrow"] = rows.num_rows
     return files, counts | {"read": rows.num_rows + left_out.num_rows}
@@ -264,11 +260,8 @@ def _give_part(
 def _take_part(
     part: Mapping[str, Any], folder: Path, *, partial_folder: Path, names: Sequence[str], min_pictures: int
 ) -> tuple[dict[str, int], Counts]:
-    batches = []
-    for name in names:
-        with pa.memory_map(str(partial_folder / f"exchange-{name}.arrow")) as file:
-            batches.append(pa.ipc.open_file(file).get_batch(part["number"]))
-    pictures, groups, left_out = make_bucket(pa.Table.from_batches(batches), min_pictures)
+    rows = read_exchange([partial_folder / f"exchange-{name}.arrow" for name in names], part["number"])
+    pictures, groups, left_out = make_bucket(rows, min_pictures)
     write_bucket(folder, part["number"], pictures, groups)
     files, counts = _aside(left_out, folder, part["name"])
     files |= {

@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from mmicl_core.config.run import RunConfig
 from mmicl_core.errors import ConfigError, find_mistake
-from pipelines.arguments import Parser, find_recipe, output_folder
+from pipelines.arguments import Parser, find_recipe, output_folder, positive
 from pipelines.environment import cluster, prepare_process, quieten
 
 if TYPE_CHECKING:
     from pipelines.settings import RunArguments
 
 __all__ = ["main"]
+
+Flags = Mapping[str, Mapping[str, Any]]
 
 MISTAKE = 2
 INTERRUPTED = 130
@@ -65,17 +67,16 @@ def _choose(arguments: list[str]) -> tuple[str, list[str]]:
     return known.verb, arguments[1:]
 
 
-def _parse_run(verb: str, arguments: Sequence[str]) -> RunArguments:
+def _parse_run(verb: str, arguments: Sequence[str], own: Flags | None = None) -> RunArguments:
     # Making a flag of every setting is only worth its time once a run is asked for.
     from pipelines.settings import parse_run
 
-    return parse_run(verb, VERBS[verb.partition(" ")[0]].about, arguments)
+    return parse_run(verb, VERBS[verb.partition(" ")[0]].about, arguments, own)
 
 
 @contextmanager
-def _running(verb: str, arguments: Sequence[str]) -> Iterator[tuple[RunConfig, Path]]:
+def _running(given: RunArguments) -> Iterator[tuple[RunConfig, Path]]:
     """The settings and the folder of a run, on a cluster that is up."""
-    given = _parse_run(verb, arguments)
     output = output_folder(given.output)
     with cluster(verbose=given.verbose):
         yield given.run, output
@@ -130,11 +131,11 @@ def _corpus(arguments: list[str]) -> int:
 
 
 def _inspect_corpus(action: str, arguments: list[str]) -> int:
-    with _running(f"corpus {action}", arguments) as (run, output):
+    if action == "preview":
+        return _preview("corpus", "pictures", arguments)
+    with _running(_parse_run(f"corpus {action}", arguments)) as (run, output):
         from pipelines import inspection
 
-        if action == "preview":
-            return _print(inspection.preview_corpus(run, output))
         if action == "stats":
             return _print(inspection.corpus_stats(run, output))
         found = inspection.lint_corpus(run, output)
@@ -145,25 +146,38 @@ def _inspect_corpus(action: str, arguments: list[str]) -> int:
 def _episodes(arguments: list[str]) -> int:
     if arguments[:1] == ["show"]:
         return _show_episode(arguments[1:])
-    preview = arguments[:1] == ["preview"]
-    verb = "episodes preview" if preview else "episodes"
-    with _running(verb, arguments[1:] if preview else arguments) as (run, output):
+    if arguments[:1] == ["preview"]:
+        return _preview("episodes", "episodes", arguments[1:])
+    with _running(_parse_run("episodes", arguments)) as (run, output):
         from pipelines.episodes import build_episodes, describe
         from pipelines.stages import read_manifest
 
-        if preview:
-            from pipelines.inspection import preview_episodes
-
-            return _print(preview_episodes(run, output))
         stage = build_episodes(describe(run, output), run.episodes, output)
         manifest = {name: value for name, value in read_manifest(stage.folder).items() if name != "files"}
         return _print({"folder": str(stage.folder)} | manifest)
 
 
+def _preview(verb: str, things: str, arguments: list[str]) -> int:
+    own: Flags = {
+        "--page": {"metavar": "FILE", "help": f"HTML file (default: {verb}-preview.html in --output)"},
+        "--show": {"metavar": "N", "type": positive, "help": f"most {things} that it shows"},
+    }
+    given = _parse_run(f"{verb} preview", arguments, own)
+    page, most = given.own["--page"], given.own["--show"]
+    if page is not None and Path(page).is_dir():
+        raise ConfigError(f"--page {page} is a folder: name a file")
+    with _running(given) as (run, output):
+        from pipelines import inspection
+
+        preview = inspection.preview_corpus if verb == "corpus" else inspection.preview_episodes
+        chosen = {} if most is None else {"most": most}
+        return _print(preview(run, output, page=None if page is None else Path(page), **chosen))
+
+
 def _show_episode(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError("which episode? `mmicl episodes show SEED-NUMBER`, as its column `id` says")
-    with _running("episodes show", arguments[1:]) as (run, output):
+    with _running(_parse_run("episodes show", arguments[1:])) as (run, output):
         from pipelines.inspection import show_episode
 
         shown = show_episode(run, output, arguments[0])
@@ -172,7 +186,7 @@ def _show_episode(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    with _running("train", arguments) as (run, output):
+    with _running(_parse_run("train", arguments)) as (run, output):
         from pipelines.stages import read_manifest
         from pipelines.train import train
 
@@ -181,14 +195,14 @@ def _train(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    with _running("evaluate", arguments) as (run, output):
+    with _running(_parse_run("evaluate", arguments)) as (run, output):
         from pipelines.evaluate import evaluate
 
         return _print(evaluate(run, output))
 
 
 def _serve(arguments: list[str]) -> int:
-    with _running("serve", arguments) as (run, _):
+    with _running(_parse_run("serve", arguments)) as (run, _):
         from pipelines.serve import app
 
         try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
@@ -115,7 +116,7 @@ def corpus_counts(concepts: Stage) -> dict[str, int]:
 
 
 def build_episodes(source: Source, config: EpisodeConfig, root: Path) -> Stage:
-    """Draw episodes. The manifest counts `read`, `built` and `skipped_by_reason`.
+    """Draw episodes. The manifest counts `read`, `built`, `turns` and `skipped_by_reason`.
 
     Raises:
         DataError: not one could be drawn.
@@ -196,21 +197,6 @@ class DrawnEpisodes(Sequence[dict[str, Any]]):
         """Of each episode what is known without drawing it."""
         return [{"shots_of_both_classes": shots_of(n, self._config)} for n in range(len(self))]
 
-    def images(self) -> dict[str, Any]:
-        """Where all pictures lie that an episode may hold: IMAGE references by key."""
-        images: dict[str, Any] = {}
-        for _, folder in self._folders.catalogues:
-            catalogue = Catalogue(folder)
-            groups = range(len(catalogue))
-            shown = [
-                n for group in groups if not catalogue.held_out[group] for n in catalogue.pictures(group)
-            ]
-            table = catalogue.take(shown, ["picture", "image"])
-            images |= dict(
-                zip(table.column("picture").to_pylist(), table.column("image").to_pylist(), strict=True)
-            )
-        return images
-
 
 def read_episodes(folder: Path) -> list[dict[str, Any]]:
     """The EPISODE rows of a finished stage, in the order of their numbers."""
@@ -273,7 +259,9 @@ def _draw_part(
         pq.write_table(left_out, folder / f"skipped-{part['name']}.parquet")
         files[f"skipped-{part['name']}.parquet"] = len(reasons)
     tally = dict(Counter(reason for _, reason in reasons))
-    return files, {"read": len(numbers), "built": episodes.num_rows, "skipped_by_reason": tally}
+    turns = int(pc.sum(pc.list_value_length(episodes.column("turns"))).as_py() or 0)
+    counts = {"read": len(numbers), "built": episodes.num_rows, "turns": turns, "skipped_by_reason": tally}
+    return files, counts
 
 
 def _check_some(counts: Counts, *, where: str) -> None:

@@ -24,7 +24,6 @@ from mmicl_core.evaluation.naming import NamingTask
 from mmicl_core.methods.aim import Aggregator, aggregator_identity
 from mmicl_core.methods.base import episode_turns
 from pipelines.episodes import Source, build_episodes, describe, read_episodes
-from pipelines.features import CPUS_OF_AN_ENCODER
 from pipelines.progress import counting
 from pipelines.stages import Stage, read_manifest
 
@@ -33,6 +32,8 @@ __all__ = ["evaluate", "evaluation_episodes"]
 log = logging.getLogger("mmicl")
 
 PREDICTIONS_FILE = "predictions.parquet"
+# Answerers that took every CPU would wait for ever for the tasks that feed them.
+CPUS_OF_AN_ANSWERER = 0.5
 
 
 def evaluate(run: RunConfig, root: Path) -> list[dict[str, Any]]:
@@ -103,7 +104,7 @@ def _evaluate_at(run: RunConfig, shots: int, source: Source, episodes: Stage, ro
                         counter,
                     ),
                     compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, len(rows))),
-                    num_cpus=CPUS_OF_AN_ENCODER,
+                    num_cpus=CPUS_OF_AN_ANSWERER,
                     num_gpus=1 if ray.cluster_resources().get("GPU", 0) >= config.num_workers else 0,
                 )
             )

@@ -74,14 +74,14 @@ def corpus_stats(run: RunConfig, root: Path) -> dict[str, Any]:
 
 
 def preview_corpus(
-    run: RunConfig, root: Path, *, pictures: int = 60, seed: int = 0, file: Path | None = None
+    run: RunConfig, root: Path, *, most: int = 60, seed: int = 0, page: Path | None = None
 ) -> dict[str, Any]:
     """Write a page with pictures of a corpus.
 
     Args:
-        pictures: most that are shown.
+        most: pictures that are shown.
         seed: decides which.
-        file: of the page; None is `corpus-preview.html` in `root`.
+        page: its file; None is `corpus-preview.html` in `root`.
     """
     source = describe(run, root)
     described = source.described
@@ -92,7 +92,7 @@ def preview_corpus(
     rows = sample_pictures(
         {name: stage.folder for name, stage in folders.items()},
         {part: files[f"pairs-{part}.parquet"]["rows"] for part in described.parts},
-        pictures,
+        most,
         seed,
     )
     shown = [_shown(row, thumbnails(row["image"])) for row in rows]
@@ -103,9 +103,8 @@ def preview_corpus(
         # What is no picture has nothing to show; lint names it.
         if (small := thumbnails(example["image"], quiet=True)) is not None
     ]
-    page = render_corpus_preview(run.corpus.path, found, shown, left_out)
-    where = file or root / "corpus-preview.html"
-    write_atomic(where, page)
+    where = page or root / "corpus-preview.html"
+    write_atomic(where, render_corpus_preview(run.corpus.path, found, shown, left_out))
     return {"file": str(where), "pictures": len(shown), "left_out": len(left_out), "read": found["read"]}
 
 
@@ -146,17 +145,17 @@ def show_episode(run: RunConfig, root: Path, episode: str) -> dict[str, Any]:
 
 
 def preview_episodes(
-    run: RunConfig, root: Path, *, episodes: int = 24, file: Path | None = None
+    run: RunConfig, root: Path, *, most: int = 24, page: Path | None = None
 ) -> dict[str, Any]:
     """Write a page with episodes and how hard they are; they are drawn first where that was not done.
 
     Args:
-        episodes: most that are shown.
-        file: of the page; None is `episodes-preview.html` in `root`.
+        most: episodes that are shown.
+        page: its file; None is `episodes-preview.html` in `root`.
     """
     source = describe(run, root)
     stage = build_episodes(source, run.episodes, root)
-    rows = sample_episodes(_episode_files(stage.folder), episodes).to_pylist()
+    rows = sample_episodes(_episode_files(stage.folder), most).to_pylist()
     thumbnails = _Thumbnails(source.described)
     ids = {concept for row in rows for concept in row["concepts"]}
     names = name_groups(Catalogue(source.catalogue("concept").folder), ids) if ids else {}
@@ -169,7 +168,7 @@ def preview_episodes(
         for row in rows
     ]
     difficulty = measure_episodes(source, run.episodes, stage)
-    where = file or root / "episodes-preview.html"
+    where = page or root / "episodes-preview.html"
     write_atomic(where, render_episodes_preview(read_manifest(stage.folder), previewed, difficulty))
     return {"file": str(where), "folder": str(stage.folder), "shown": len(rows), "difficulty": difficulty}
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ray
 from PIL import Image
 
 from mmicl_core.assets import resolve
@@ -17,20 +18,12 @@ from mmicl_core.config.run import RunConfig
 from mmicl_core.data.catalogue import Catalogue
 from mmicl_core.data.images import decode
 from mmicl_core.data.names import SYLLABLES
-from mmicl_core.data.pictures import images_of
 from mmicl_core.data.tasks.caption import DESCRIBE_QUESTION, NAME_QUESTION
 from mmicl_core.errors import ConfigError
 from mmicl_core.methods import METHODS
 from mmicl_core.methods.supcon import load_vision_tower, tower_identity
-from pipelines.episodes import (
-    DrawnEpisodes,
-    PoolFolders,
-    Source,
-    build_episodes,
-    describe,
-    pool_folders,
-    read_episodes,
-)
+from pipelines.catalogue import Described
+from pipelines.episodes import PoolFolders, Source, build_episodes, describe, pool_folders
 from pipelines.features import encode_demonstrations, encode_pictures, teach_pictures
 from pipelines.stages import Stage
 
@@ -78,36 +71,24 @@ def prepare(run: RunConfig, root: Path) -> Materials:
     if isinstance(run.method, SupConConfig):
         features = None
         if run.method.teacher is not None:
-            images = {row["picture"]: row["image"] for row in training_rows(concepts.folder)}
             teacher, side = resolve(run.method.teacher), run.method.teacher_pixels
-            features = teach_pictures(source.described, teacher, side, images, root).folder
+            features = teach_pictures(source.described, teacher, side, concepts, root).folder
         return replace(common, features=features)
     if run.episodes.streamed:
-        return _prepare_stream(run, source, common, root)
+        # Which pictures a step meets is not known before; the workers look at them.
+        return replace(common, drawn_from=pool_folders(source, run.episodes))
     episodes = build_episodes(source, run.episodes, root)
-    rows = read_episodes(episodes.folder)
-    states = None
+    materials, described = replace(common, episodes=episodes.folder), source.described
     if METHODS[run.method.type].needs_states:
-        states = encode_demonstrations(source.described, backbone, rows, episodes.fingerprint, root).folder
-    if isinstance(run.method, LclConfig) and run.method.train_vision_tower:
-        return replace(common, episodes=episodes.folder)
-    # A demonstration whose states are known is never looked at again; its query is.
-    shown = [row | {"turns": row["turns"][-1:]} for row in rows] if states else rows
-    variants = run.train.picture_variants
-    features = encode_pictures(source.described, backbone, images_of(shown), variants, root).folder
-    return replace(common, episodes=episodes.folder, features=features, states=states)
-
-
-def _prepare_stream(run: RunConfig, source: Source, common: Materials, root: Path) -> Materials:
-    """Episodes are drawn when a step reads them: every picture may be met, and no demonstration is known."""
-    folders = pool_folders(source, run.episodes)
-    materials = replace(common, drawn_from=folders)
+        states = encode_demonstrations(described, backbone, episodes, root)
+        materials = replace(materials, states=states.folder)
     if isinstance(run.method, LclConfig) and run.method.train_vision_tower:
         return materials
-    images = DrawnEpisodes(folders, run.episodes).images()
+    # A demonstration whose states are known is never looked at again.
+    queries_only = materials.states is not None
     variants = run.train.picture_variants
-    features = encode_pictures(source.described, common.backbone, images, variants, root)
-    return replace(materials, features=features.folder)
+    seen = encode_pictures(described, backbone, episodes, variants, root, queries_only=queries_only)
+    return replace(materials, features=seen.folder)
 
 
 def open_backbone(config: BackboneConfig, source: Source, root: Path) -> Path:
@@ -125,19 +106,34 @@ def open_backbone(config: BackboneConfig, source: Source, root: Path) -> Path:
         tower=tower_identity(resolve(config.vision_tower)) if config.vision_tower else None,
     )
 
+    catalogue = source.catalogue("concept").folder
+    tower = resolve(config.vision_tower) if config.vision_tower is not None else None
+    start = None if is_new else resolve(config.path)
+
     def build(folder: Path) -> dict[str, int]:
-        rows = training_rows(source.catalogue("concept").folder) if is_new else []
-        pictures = _some_pictures(source, rows)
-        backbone = _new_nano(rows, pictures) if is_new else load_backbone(resolve(config.path))
-        if config.vision_tower is not None:
-            load_vision_tower(resolve(config.vision_tower), backbone)
-        if is_new:
-            start_projector(backbone, pictures, seed=0)
-        backbone.save(folder)
-        return {"parameters": sum(parameter.numel() for parameter in backbone.parameters())}
+        write = ray.remote(_write_backbone).options(num_cpus=1)
+        counts: dict[str, int] = ray.get(write.remote(source.described, catalogue, start, tower, folder))
+        return counts
 
     stage.run(build)
     return stage.folder
+
+
+def _write_backbone(
+    described: Described, catalogue: Path, start: Path | None, tower: Path | None, folder: Path
+) -> dict[str, int]:
+    """A model as it lies in `start`, or a new one made out of the pictures of a catalogue."""
+    rows = [] if start else training_rows(catalogue)
+    reader = described.corpus.pictures(described.pairs.folder)
+    some = rows[:: max(1, len(rows) // MEASURED_PICTURES)]
+    pictures = [decode(reader.read(row["image"])) for row in some]
+    backbone = load_backbone(start) if start else _new_nano(rows, pictures)
+    if tower is not None:
+        load_vision_tower(tower, backbone)
+    if start is None:
+        start_projector(backbone, pictures, seed=0)
+    backbone.save(folder)
+    return {"parameters": sum(parameter.numel() for parameter in backbone.parameters())}
 
 
 def training_rows(catalogue: Path) -> list[dict[str, Any]]:
@@ -148,11 +144,6 @@ def training_rows(catalogue: Path) -> list[dict[str, Any]]:
     columns = ("picture", "image", "concept", "name", "keywords", "category", "subcategory", "style")
     rows: list[dict[str, Any]] = opened.take(numbers, columns).sort_by("picture").to_pylist()
     return rows
-
-
-def _some_pictures(source: Source, rows: list[dict[str, Any]]) -> list[Image.Image]:
-    reader = source.described.corpus.pictures(source.described.pairs.folder)
-    return [decode(reader.read(row["image"])) for row in rows[:: max(1, len(rows) // MEASURED_PICTURES)]]
 
 
 def _new_nano(rows: list[dict[str, Any]], pictures: list[Image.Image]) -> HuggingFaceBackbone:

@@ -2,9 +2,9 @@
 
 A part is a piece of work with a name. Its files are written under a temporary name and moved to their
 place, and the note of its counts is moved last: a part without its note is made again, and gives the same
-bytes. Until all parts are there, a stage lies in `NAME.partial`; then the manifest is written, what was only
-needed on the way is removed, and the folder takes its name: whatever moment a kill comes at, the next run
-goes on from there.
+bytes. Until all parts are there, a stage lies in `NAME.partial`; then the manifest is written, what it does
+not name is removed, and the folder takes its name. Whatever moment a kill comes at, the next run goes on
+where it stopped.
 
     NAME.partial/.notes/PART.json     files with rows and SHA-256, counts
     NAME/_manifest.json               all of them, summed up
@@ -31,9 +31,9 @@ import ray
 from mmicl_core.data.files import file_digest, write_atomic
 from mmicl_core.data.schema import SCHEMA_VERSION
 from pipelines.progress import counting
-from pipelines.stages import MANIFEST_FILE, Stage, read_manifest
+from pipelines.stages import CONFIG_FILE, MANIFEST_FILE, Stage, read_manifest
 
-__all__ = ["Build", "Counts", "Pool", "add_counts", "finish_parts", "make_parts", "run_parts"]
+__all__ = ["Build", "Counts", "Pool", "add_counts", "finish_parts", "is_finished", "make_parts", "run_parts"]
 
 log = logging.getLogger("mmicl")
 
@@ -85,13 +85,22 @@ def run_parts(
             of them and `complete` at last.
         blocks: most pieces that Ray Data hands out; it changes nothing in the result.
     """
-    if stage.complete:
-        manifest = stage.reuse()
+    if is_finished(stage):
+        manifest = read_manifest(stage.folder)
         # Another run may have allowed more.
         check(manifest | {"complete": True})
         return manifest
     make_parts(stage, parts, build, title=title, total=total, check=check, blocks=blocks)
     return finish_parts(stage, parts, summarise=summarise, check=check)
+
+
+def is_finished(stage: Stage) -> bool:
+    """Whether a stage of parts is there; one whose end was broken off is brought to it."""
+    if not stage.complete and (_partial(stage) / MANIFEST_FILE).is_file():
+        _take_name(stage)
+    if stage.complete:
+        stage.reuse()
+    return stage.complete
 
 
 def make_parts(
@@ -106,8 +115,6 @@ def make_parts(
 ) -> Path:
     """Make the parts that are missing, and give the folder that they lie in until the stage is finished."""
     folder = _partial(stage)
-    if (folder / MANIFEST_FILE).is_file():
-        return folder
     (folder / NOTES).mkdir(parents=True, exist_ok=True)
     missing = [part for part in parts if not _note(folder, part).is_file()]
     if len(missing) < len(parts):
@@ -134,28 +141,6 @@ def finish_parts(
     Args:
         drop: a glob of files that were only needed on the way.
     """
-    folder = _partial(stage)
-    if (folder / MANIFEST_FILE).is_file():
-        check(read_manifest(folder) | {"complete": True})
-    else:
-        stage.describe(folder, _manifest(stage, parts, summarise, check, drop))
-    for path in list(folder.iterdir()):
-        if path.is_dir():
-            # The notes, and what a lost worker was making.
-            shutil.rmtree(path)
-        elif path.name.startswith(".") or fnmatchcase(path.name, drop):
-            path.unlink()
-    stage.seal(folder)
-    return read_manifest(stage.folder)
-
-
-def _manifest(
-    stage: Stage,
-    parts: Sequence[Mapping[str, Any]],
-    summarise: Callable[[Counts], Counts],
-    check: Callable[[Counts], None],
-    drop: str,
-) -> dict[str, Any]:
     files: dict[str, Any] = {}
     counts: Counts = {}
     for part in parts:
@@ -165,7 +150,9 @@ def _manifest(
     check(counts | {"complete": True})
     lasting = {name: about for name, about in sorted(files.items()) if not fnmatchcase(name, drop)}
     known = {"fingerprint": stage.fingerprint, "schema_version": SCHEMA_VERSION, "files": lasting}
-    return known | summarise(counts)
+    stage.describe(_partial(stage), known | summarise(counts))
+    _take_name(stage)
+    return read_manifest(stage.folder)
 
 
 def add_counts(one: Counts, other: Counts) -> Counts:
@@ -177,6 +164,18 @@ def add_counts(one: Counts, other: Counts) -> Counts:
         else:
             total[key] = total.get(key, 0) + value
     return total
+
+
+def _take_name(stage: Stage) -> None:
+    folder = _partial(stage)
+    lasting = {CONFIG_FILE, MANIFEST_FILE, *read_manifest(folder)["files"]}
+    for path in list(folder.iterdir()):
+        if path.is_dir():
+            # The notes, and what a lost worker was making.
+            shutil.rmtree(path)
+        elif path.name not in lasting:
+            path.unlink()
+    stage.seal(folder)
 
 
 def _make(

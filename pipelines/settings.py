@@ -8,7 +8,7 @@ Every setting of `RunConfig` is a flag, made from its type and docstring by pyda
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,15 +36,20 @@ class RunArguments:
     run: RunConfig
     output: str
     verbose: bool
+    own: Mapping[str, Any]
+    """What the verb's own flags were given, by their names."""
 
 
-def parse_run(verb: str, about: str, arguments: Sequence[str]) -> RunArguments:
+def parse_run(
+    verb: str, about: str, arguments: Sequence[str], own: Mapping[str, Mapping[str, Any]] | None = None
+) -> RunArguments:
     """Read `--recipe`, `--output`, `--verbose` and one flag for each setting.
 
     Args:
         verb: as it is called, for help and errors.
         about: what the verb does, for help.
         arguments: what follows the verb.
+        own: flags of this verb alone: their names, and what argparse shall know of them.
 
     Raises:
         ConfigError: a flag, a value or the recipe is wrong.
@@ -54,7 +59,9 @@ def parse_run(verb: str, about: str, arguments: Sequence[str]) -> RunArguments:
     parser.add_argument("--recipe", help="YAML file of a run, or the name of one that comes along")
     parser.add_argument("--output", default=OUTPUT, help="folder of results (default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show what Ray and its workers print")
-    flags = ["--recipe", "--output", "--verbose"]
+    for flag, about_flag in (own or {}).items():
+        parser.add_argument(flag, **about_flag)
+    flags = ["--recipe", "--output", "--verbose", *(own or {})]
 
     def add_setting(group: Any, *names: str, **settings: Any) -> Any:
         flags.extend(names)
@@ -80,4 +87,5 @@ def parse_run(verb: str, about: str, arguments: Sequence[str]) -> RunArguments:
         reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
         raise ConfigError(f"{reason}; `mmicl {verb} --help` says what a setting takes") from error
     recipe = None if known.recipe is None else find_recipe(known.recipe)
-    return RunArguments(load_run(recipe, overrides), known.output, known.verbose)
+    values = {flag: getattr(known, flag.removeprefix("--")) for flag in own or {}}
+    return RunArguments(load_run(recipe, overrides), known.output, known.verbose, values)

@@ -13,13 +13,13 @@ from pydantic import BaseModel
 from mmicl_core.config.base import fingerprint
 from mmicl_core.data.files import atomic_directory, replace_directory, write_atomic
 
-__all__ = ["MANIFEST_FILE", "Stage", "read_manifest"]
+__all__ = ["CONFIG_FILE", "MANIFEST_FILE", "Stage", "read_manifest"]
 
 log = logging.getLogger("mmicl")
 
 MANIFEST_FILE = "_manifest.json"
 CONFIG_FILE = "_config.json"
-VERSION = 7
+VERSION = 8
 # What this process made, or has said that it reuses.
 TOLD = set[Path]()
 

@@ -28,7 +28,7 @@ from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import TrainConfig
 from mmicl_core.data.augment import vary_turns
 from mmicl_core.data.files import write_atomic
-from mmicl_core.data.pictures import PixelStore, images_of
+from mmicl_core.data.pictures import PixelStore
 from mmicl_core.data.store import ArrayStore
 from mmicl_core.errors import find_mistake
 from mmicl_core.methods import build_method
@@ -204,13 +204,10 @@ class _Feed:
         source = materials.drawn_from
         self._drawn = DrawnEpisodes(source, run.episodes) if source is not None else None
         self._states = ArrayStore(materials.states) if materials.states else None
-        self._pixels: Lookup = {}
+        self._features = ArrayStore(materials.features) if materials.features else None
+        reader = open_corpus(run.corpus, run.concepts).pictures(materials.pairs)
+        self._pixels = PixelStore(reader, method.backbone.pixels)
         self._rows = self._read_rows(materials)
-        if method.reads == "pictures" or materials.features is None:
-            reader = open_corpus(run.corpus, run.concepts).pictures(materials.pairs)
-            self._pixels = PixelStore(reader, self._images(), method.backbone.pixels)
-        # Features that training itself changes are not kept: the method makes them, from pixels.
-        self._features = ArrayStore(materials.features) if materials.features else self._pixels
         # What decides the order of a pass is known of an episode before it is drawn.
         outline = self._rows if self._drawn is None else self._drawn.outline()
         self._order = RowOrder(
@@ -220,20 +217,24 @@ class _Feed:
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
         """This worker's share of a step."""
         shares = share_of_worker(self._order.step(step), rank, world_size, self._run.train.micro_batch)
-        return [
-            self._method.collate([self._row(*visit) for visit in share], self._features, self._states)
-            for share in shares
-        ]
+        return [self._collate([self._row(*visit) for visit in share]) for share in shares]
 
     @property
     def replaced(self) -> Mapping[str, int]:
         """Streamed episodes that another one stands for, by the reason why."""
         return self._drawn.replaced if self._drawn is not None else {}
 
+    def _collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        features: Lookup | None = self._features
+        if features is None:
+            # Not known before training, or changed by it: the method makes them, from pixels.
+            features = self._pixels.look(turn for row in rows for turn in row.get("turns", ()))
+        return self._method.collate(rows, features, self._states)
+
     def _row(self, number: int, visit: int) -> Mapping[str, Any]:
         row = self._rows[number]
         if self._method.reads == "pictures":
-            return row | {"pixels": self._pixels[row["picture"]], "visit": visit}
+            return row | {"pixels": self._pixels.look([row])[row["picture"]], "visit": visit}
         variants = self._run.train.picture_variants
         return vary_turns(row, visit, variants, query_only=self._states is not None)
 
@@ -243,11 +244,6 @@ class _Feed:
         if materials.episodes is not None:
             return read_episodes(materials.episodes)
         return training_rows(materials.catalogue)
-
-    def _images(self) -> Mapping[str, Mapping[str, Any]]:
-        if self._method.reads == "pictures":
-            return {row["picture"]: row["image"] for row in self._rows}
-        return self._drawn.images() if self._drawn is not None else images_of(self._rows)
 
 
 class _Journal:

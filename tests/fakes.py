@@ -26,7 +26,8 @@ from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.nano import build_nano
 from mmicl_core.config.corpus import CorpusConfig
 from mmicl_core.config.model import BackboneConfig
-from mmicl_core.data.catalogue import CATALOGUED, Catalogue, bucket_of, make_bucket, write_bucket
+from mmicl_core.data.catalogue import CATALOGUED, Catalogue, make_bucket, write_bucket
+from mmicl_core.data.exchange import bucket_of
 from mmicl_core.data.names import SYLLABLES
 from mmicl_core.methods.base import Method
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["VARIANT_MARK", "augment", "augment_versions", "variant_key", "vary_turns"]
+__all__ = ["augment", "augment_versions", "variant_key", "vary_turns"]
 
 # Mild: some drawings differ in details alone.
 TURN_RADIANS = 0.09
@@ -65,16 +65,21 @@ def variant_key(picture: str, variant: int) -> str:
 def vary_turns(
     row: Mapping[str, Any], visit: int, variants: int, *, query_only: bool = False
 ) -> dict[str, Any]:
-    """An EPISODE row whose turns name versions of their pictures, drawn by the number of the visit.
+    """An EPISODE row whose turns name a `version` of their pictures, drawn by the number of the visit.
 
     Args:
         query_only: leave the demonstrations as they are, because their states are kept for the pictures
             themselves.
     """
     rng = random.Random(f"variants/{visit}")
-    turns = [
-        turn | {"picture": variant_key(turn["picture"], rng.randrange(variants))} for turn in row["turns"]
-    ]
+    turns = [_version(turn, rng.randrange(variants)) for turn in row["turns"]]
     if query_only:
         turns[:-1] = row["turns"][:-1]
     return dict(row) | {"turns": turns}
+
+
+def _version(turn: Mapping[str, Any], variant: int) -> dict[str, Any]:
+    # One without a picture goes on about the picture before it.
+    if turn["picture"] is None or not variant:
+        return dict(turn)
+    return dict(turn) | {"picture": variant_key(turn["picture"], variant), "version": variant}

@@ -11,7 +11,6 @@ pictures are numbered through all buckets in order.
 
 from __future__ import annotations
 
-import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -27,7 +26,7 @@ from mmicl_core.data.arrow_files import read_arrow, write_arrow
 from mmicl_core.data.schema import IMAGE, PAIR
 from mmicl_core.errors import DataError
 
-__all__ = ["CATALOGUED", "GROUP", "Catalogue", "bucket_of", "make_bucket", "write_bucket"]
+__all__ = ["CATALOGUED", "GROUP", "Catalogue", "make_bucket", "write_bucket"]
 
 CATALOGUED = pa.schema(
     [
@@ -64,11 +63,6 @@ GROUP = pa.schema(
 )
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
-
-
-def bucket_of(group: str, buckets: int) -> int:
-    """The bucket that a group lies in."""
-    return zlib.crc32(group.encode()) % buckets
 
 
 def make_bucket(rows: pa.Table, min_pictures: int) -> tuple[pa.Table, pa.Table, pa.Table]:

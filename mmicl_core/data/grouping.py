@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmicl_core.data import reasons
-from mmicl_core.data.catalogue import CATALOGUED, bucket_of
+from mmicl_core.data.catalogue import CATALOGUED
 from mmicl_core.data.splits import Split, share_of
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "find_repeats",
     "hashes_of_sides",
     "in_range",
-    "split_by_bucket",
 ]
 
 Grouping = Literal["concept", "document", "task"]
@@ -136,18 +135,6 @@ def catalogued(
     columns["embedding_row"] = pa.array(np.arange(pairs.num_rows), pa.int32())
     rows = pa.table([columns[name] for name in CATALOGUED.names], schema=CATALOGUED)
     return rows.filter(pa.array(kept)), left_out
-
-
-def split_by_bucket(rows: pa.Table, buckets: int) -> list[pa.RecordBatch]:
-    """One batch for each bucket, empty ones too."""
-    distinct = {group: bucket_of(group, buckets) for group in pc.unique(rows.column("group")).to_pylist()}
-    where = np.array([distinct[group] for group in rows.column("group").to_pylist()], dtype=np.int64)
-    batches = []
-    for bucket in range(buckets):
-        part = rows.filter(pa.array(where == bucket)).combine_chunks()
-        empty = pa.RecordBatch.from_pylist([], schema=rows.schema)
-        batches.append(part.to_batches()[0] if part.num_rows else empty)
-    return batches
 
 
 def _hashes(concepts: pa.Table) -> Hashes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,12 +10,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from mmicl_core.data.augment import VARIANT_MARK, augment_versions
+from mmicl_core.data.augment import augment_versions
 from mmicl_core.data.images import decode
 from mmicl_core.data.storage import PictureReader
-from mmicl_core.errors import DataError
 
 __all__ = ["PixelStore", "images_of"]
+
+MOST_BYTES = 2 << 30
+
+Pixels = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def images_of(episodes: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -28,35 +32,47 @@ def images_of(episodes: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, A
 
 
 class PixelStore:
-    """Pictures and their augmented versions by `variant_key`, as a vision tower takes them.
+    """Pictures and their augmented versions, as a vision tower takes them.
 
     Args:
         reader: reads encoded pictures.
-        images: IMAGE references by the key of the picture.
         prepare: pictures -> (N, 3, height, width).
+        most_bytes: of prepared pictures that are kept for the next pass; those not seen for longest go.
     """
 
     def __init__(
         self,
         reader: PictureReader,
-        images: Mapping[str, Mapping[str, Any]],
         prepare: Callable[[Sequence[Image.Image]], Tensor],
+        most_bytes: int = MOST_BYTES,
     ) -> None:
-        self._reader, self._images, self._prepare = reader, images, prepare
-        self._prepared: dict[str, Tensor] = {}
+        self._reader, self._prepare, self._left = reader, prepare, most_bytes
+        self._prepared = OrderedDict[tuple[Any, ...], Tensor]()
 
-    def __getitem__(self, key: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """The pixels of a version, (3, height, width).
+    def look(self, turns: Iterable[Mapping[str, Any]]) -> dict[str, Pixels]:
+        """The pixels of all pictures of turns, (3, height, width) each, by the key that the turn has.
 
-        Raises:
-            DataError: there is no picture of that key.
+        Args:
+            turns: with `picture` and `image`; one that `vary_turns` has changed, with its `version` too.
         """
-        picture = key if key in self._images else key.rpartition(VARIANT_MARK)[0] or key
-        if picture not in self._prepared:
-            if picture not in self._images:
-                raise DataError(f"there is no picture {picture!r} among the {len(self._images)} of this run")
-            seen = decode(self._reader.read(self._images[picture]))
+        seen: dict[str, Pixels] = {}
+        for turn in turns:
+            key = turn["picture"]
+            if key is None or key in seen:
+                continue
+            pixels = self._pixels(turn["image"])
+            seen[key] = (augment_versions(pixels[None], [key])[0] if turn.get("version") else pixels).numpy()
+        return seen
+
+    def _pixels(self, image: Mapping[str, Any]) -> Tensor:
+        place = tuple(image.values())
+        if place not in self._prepared:
             # Sixteen bits: every pass over the corpus needs all of them again.
-            self._prepared[picture] = self._prepare([seen])[0].half()
-        pixels = self._prepared[picture].float()
-        return (pixels if key == picture else augment_versions(pixels[None], [key])[0]).numpy()
+            pixels = self._prepare([decode(self._reader.read(image))])[0].half()
+            self._prepared[place] = pixels
+            self._left -= pixels.nbytes
+        self._prepared.move_to_end(place)
+        found = self._prepared[place].float()
+        while self._left < 0:
+            self._left += self._prepared.popitem(last=False)[1].nbytes
+        return found

@@ -1,7 +1,7 @@
 """Frozen features on disk: arrays by key, computed once and read by every worker.
 
-A store is a folder of Parquet files with columns `key`, `shape` and `values` (16-bit floats, C
-order). Reading keeps the Arrow buffers and copies nothing until an array is asked for.
+A store is a folder of Arrow files with columns `key`, `shape` and `values` (16-bit floats, C order). They
+are mapped into memory: the workers of a machine share the pages, and those that nobody reads can go.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from mmicl_core.data.arrow_files import read_arrow
 from mmicl_core.errors import DataError
 
 __all__ = ["STORE", "ArrayStore", "store_columns"]
@@ -22,8 +22,8 @@ STORE = pa.schema([("key", pa.string()), ("shape", pa.list_(pa.int32())), ("valu
 LARGEST = float(np.finfo(np.float16).max)
 
 
-def store_columns(keys: Sequence[str], arrays: Sequence[np.ndarray]) -> pa.Table:
-    """The rows that a stage writes for `arrays`.
+def store_columns(keys: Sequence[str], arrays: Sequence[np.ndarray]) -> pa.RecordBatch:
+    """The batch that a stage writes for `arrays`.
 
     Raises:
         DataError: a value is no number, or larger than 16-bit floats go.
@@ -35,22 +35,21 @@ def store_columns(keys: Sequence[str], arrays: Sequence[np.ndarray]) -> pa.Table
             )
     values = [np.ascontiguousarray(array, dtype=np.float16).tobytes() for array in arrays]
     shapes = [list(array.shape) for array in arrays]
-    return pa.table({"key": list(keys), "shape": shapes, "values": values}, schema=STORE)
+    return pa.record_batch({"key": list(keys), "shape": shapes, "values": values}, schema=STORE)
 
 
 class ArrayStore:
     """Look arrays up by key."""
 
     def __init__(self, folder: Path) -> None:
-        files = sorted(folder.glob("*.parquet"))
+        files = sorted(folder.glob("*.arrow"))
         if not files:
-            raise DataError(f"feature store {folder} holds no Parquet file: the stage before did not run")
-        # One table for each file: together their values may pass Arrow's 2 GiB limit of one column chunk.
-        self._tables = [pq.read_table(file, schema=STORE, memory_map=True) for file in files]
+            raise DataError(f"feature store {folder} holds no Arrow file: the stage before did not run")
+        self._batches = [batch for file in files for batch in read_arrow(file).to_batches()]
         self._where = {
             key: (number, row)
-            for number, table in enumerate(self._tables)
-            for row, key in enumerate(table.column("key").to_pylist())
+            for number, batch in enumerate(self._batches)
+            for row, key in enumerate(batch.column("key").to_pylist())
         }
 
     def __len__(self) -> int:
@@ -68,7 +67,7 @@ class ArrayStore:
         if key not in self._where:
             raise DataError(f"the feature store has no {key!r} among its {len(self)} keys")
         number, row = self._where[key]
-        table = self._tables[number]
-        values = table.column("values")[row].as_buffer()
-        shape = table.column("shape")[row].as_py()
+        batch = self._batches[number]
+        values = batch.column("values")[row].as_buffer()
+        shape = batch.column("shape")[row].as_py()
         return np.frombuffer(values, dtype=np.float16).reshape(shape)

@@ -121,7 +121,7 @@ class Demonstrations:
     """Demonstrations that the frozen backbone still has to read, each a prompt of its own."""
 
     packed: Packed
-    vision_NVW: Tensor
+    pictures: Tensor
     prefix: int
     """Tokens at the head of each prompt that belong to no turn."""
 
@@ -131,7 +131,7 @@ class AimBatch:
     """Queries behind fused demonstrations."""
 
     packed: Packed
-    vision_NVW: Tensor
+    pictures: Tensor
     shown: list[Tensor] | Demonstrations
     """Kept states of the demonstrations, (T, D) each, or what they are read from."""
 
@@ -178,13 +178,11 @@ class Aim(Method):
             fused_tokens=lengths,
             padding_id=self.backbone.tokenizer.pad_token_id,
         )
-        vision_NVW = stack(features, pictures)
+        asked = stack(features, pictures)
         if states is not None:
-            return AimBatch(packed, vision_NVW, states_TD)
-        seen_NVW = stack(features, [turn.picture for turn in demonstrations])
-        return AimBatch(
-            packed, vision_NVW, pack_demonstrations(self.backbone, self.chat, demonstrations, seen_NVW)
-        )
+            return AimBatch(packed, asked, states_TD)
+        seen = stack(features, [turn.picture for turn in demonstrations])
+        return AimBatch(packed, asked, pack_demonstrations(self.backbone, self.chat, demonstrations, seen))
 
     def forward(self, batch: AimBatch) -> Tensor:
         """Negative log-likelihood of the queries' answer tokens."""
@@ -196,7 +194,7 @@ class Aim(Method):
         states = torch.cat([state.to(device, dtype) for state in states_TD])
         fused_TD = self.aggregator(states).split(lengths)
         packed = batch.packed.to(device)
-        embeds_BLD = prompt_embeddings(self.backbone, packed, batch.vision_NVW, fused_TD)
+        embeds_BLD = prompt_embeddings(self.backbone, packed, batch.pictures, fused_TD)
         return answer_nll(self.backbone, embeds_BLD, packed)
 
     def save(self, folder: Path) -> None:
@@ -216,35 +214,35 @@ def fused_prompt(chat: ChatFormat, demonstrations: int, query: Turn) -> Prompt:
 
 
 def read_demonstrations(
-    backbone: HuggingFaceBackbone, chat: ChatFormat, turns: Sequence[Turn], vision_NVW: Tensor
+    backbone: HuggingFaceBackbone, chat: ChatFormat, turns: Sequence[Turn], pictures: Tensor
 ) -> list[Tensor]:
     """Let the frozen backbone read each demonstration alone.
 
     Args:
         turns: demonstrations with pictures and answers.
-        vision_NVW: vision-tower output of their pictures, in their order.
+        pictures: of each turn, as `prompt_embeddings` takes them.
 
     Returns:
         For each its states on all of its text, (T, D); T counts the text of the turn, not the prefix.
     """
-    return read_packed(backbone, pack_demonstrations(backbone, chat, turns, vision_NVW))
+    return read_packed(backbone, pack_demonstrations(backbone, chat, turns, pictures))
 
 
 def pack_demonstrations(
-    backbone: HuggingFaceBackbone, chat: ChatFormat, turns: Sequence[Turn], vision_NVW: Tensor
+    backbone: HuggingFaceBackbone, chat: ChatFormat, turns: Sequence[Turn], pictures: Tensor
 ) -> Demonstrations:
     """Lay demonstrations out to be read; the arguments are those of `read_demonstrations`."""
     prefix = chat.prefix()
     prompts = [[*prefix, *chat.turn(turn)] for turn in turns]
     packed = pack(prompts, visual_tokens=backbone.visual_tokens, padding_id=backbone.tokenizer.pad_token_id)
-    return Demonstrations(packed, vision_NVW, sum(len(piece.ids) for piece in prefix))
+    return Demonstrations(packed, pictures, sum(len(piece.ids) for piece in prefix))
 
 
 @torch.no_grad()
 def read_packed(backbone: HuggingFaceBackbone, shown: Demonstrations) -> list[Tensor]:
     """States of each demonstration on all of its text, (T, D), in one pass of the frozen backbone."""
     packed = shown.packed.to(backbone.device)
-    hidden_BLD = backbone.hidden(prompt_embeddings(backbone, packed, shown.vision_NVW), packed.mask_BL)
+    hidden_BLD = backbone.hidden(prompt_embeddings(backbone, packed, shown.pictures), packed.mask_BL)
     text_BL = packed.mask_BL.bool() & ~packed.image_BL
     text_BL[:, : shown.prefix] = False
     return [hidden[text] for hidden, text in zip(hidden_BLD, text_BL, strict=True)]

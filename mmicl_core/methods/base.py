@@ -23,6 +23,8 @@ from mmicl_core.prompts import ChatFormat, Turn
 
 __all__ = ["Batch", "Lookup", "Method", "answer_nll", "episode_turns", "prompt_embeddings", "stack"]
 
+PIXEL_AXES = 4
+
 
 class Batch(Protocol):
     """What `Method.collate` makes and `Method.forward` takes."""
@@ -34,7 +36,7 @@ class Batch(Protocol):
 
 
 class Lookup(Protocol):
-    """Frozen features by key: an `ArrayStore`, or a dict."""
+    """Features or pixels by key: an `ArrayStore`, or a dict."""
 
     def __getitem__(self, key: str) -> Any:
         """The array of a key."""
@@ -59,7 +61,7 @@ class Method(nn.Module, ABC):
         """Rows -> a batch.
 
         Args:
-            features: vision-tower outputs by picture.
+            features: of each picture vision-tower output, or pixels where that is not kept.
             states: frozen states by demonstration; None where they were not kept, or are not needed.
         """
 
@@ -97,24 +99,26 @@ def episode_turns(row: Mapping[str, Any]) -> list[Turn]:
 
 
 def stack(features: Lookup, keys: Sequence[str | None]) -> Tensor:
-    """Look N pictures up: (N, V, W)."""
+    """Look N pictures up: (N, V, W), or (N, 3, height, width) where pixels are kept."""
     return torch.from_numpy(np.stack([features[str(key)] for key in keys]))
 
 
 def prompt_embeddings(
     backbone: HuggingFaceBackbone,
     packed: Packed,
-    vision_NVW: Tensor,
+    pictures: Tensor,
     fused_TD: Sequence[Tensor] = (),
 ) -> Tensor:
     """Input embeddings of a batch: text by id, pictures and fused tokens at their places, (B, L, D).
 
     Args:
-        vision_NVW: vision-tower output of the pictures, in the order of the prompts.
+        pictures: in the order of the prompts, vision-tower output (N, V, W) where that is kept, or pixels
+            (N, 3, height, width).
         fused_TD: fused tokens of the demonstrations, in the order of the prompts.
     """
     embeds_BLD = backbone.embed(packed.ids_BL)
-    if len(vision_NVW):
+    if len(pictures):
+        vision_NVW = backbone.tower_states(pictures) if pictures.ndim == PIXEL_AXES else pictures
         image_NVD = backbone.project(vision_NVW).to(embeds_BLD.dtype)
         embeds_BLD = embeds_BLD.masked_scatter(packed.image_BL[..., None], image_NVD)
     if fused_TD:

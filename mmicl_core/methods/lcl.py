@@ -29,8 +29,7 @@ __all__ = ["Lcl", "LclBatch", "full_prompt"]
 
 @dataclass(frozen=True)
 class LclBatch:
-    """Whole conversations with what is known of their pictures, in the order of the prompts: vision-tower
-    output (N, V, W), or pixels (N, 3, height, width) where the tower is trained."""
+    """Whole conversations with their pictures as `prompt_embeddings` takes them."""
 
     packed: Packed
     pictures: Tensor
@@ -46,14 +45,13 @@ class Lcl(Method):
 
     def __init__(self, backbone: HuggingFaceBackbone, config: LclConfig) -> None:
         super().__init__(backbone)
-        self._trains_tower = config.train_vision_tower
         roles = [backbone.language_model, backbone.projector, backbone.head]
-        for role in [*roles, backbone.vision_tower] if self._trains_tower else roles:
+        for role in [*roles, backbone.vision_tower] if config.train_vision_tower else roles:
             role.requires_grad_(requires_grad=True)
 
     def collate(self, rows: Sequence[Mapping[str, Any]], features: Lookup, states: Lookup | None) -> LclBatch:
-        """Episodes -> conversations with every picture in its place; `features` are pixels if the vision
-        tower is trained."""
+        """Episodes -> conversations with every picture in its place; a vision tower that is trained needs
+        `features` that are pixels."""
         prompts, pictures = [], []
         for row in rows:
             turns = episode_turns(row)
@@ -69,8 +67,7 @@ class Lcl(Method):
     def forward(self, batch: LclBatch) -> Tensor:
         """Negative log-likelihood of the scored answer tokens."""
         packed = batch.packed.to(self.backbone.device)
-        vision_NVW = self.backbone.tower_states(batch.pictures) if self._trains_tower else batch.pictures
-        embeds_BLD = prompt_embeddings(self.backbone, packed, vision_NVW)
+        embeds_BLD = prompt_embeddings(self.backbone, packed, batch.pictures)
         return answer_nll(self.backbone, embeds_BLD, packed)
 
     def save(self, folder: Path) -> None:

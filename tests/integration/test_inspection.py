@@ -126,7 +126,7 @@ def test_stats_tell_the_numbers_of_what_was_kept(corpus: Path, root: Path) -> No
 
 
 def test_corpus_page_holds_pictures_and_captions_as_text(corpus: Path, root: Path) -> None:
-    made = preview_corpus(_run(corpus), root, pictures=100)
+    made = preview_corpus(_run(corpus), root, most=100)
     page = Path(made["file"]).read_text(encoding="utf-8")
     elements = [element for element, _ in parse(page)]
     assert made["pictures"] == 33 == elements.count("img") - made["left_out"]
@@ -134,7 +134,7 @@ def test_corpus_page_holds_pictures_and_captions_as_text(corpus: Path, root: Pat
     # The sample of broken metadata has a picture all the same; the one that is cut has none to show.
     assert made["left_out"] == 1 and "broken metadata" in told(page)
     other = root / "other.html"
-    fewer = preview_corpus(_run(corpus), root, pictures=5, file=other)
+    fewer = preview_corpus(_run(corpus), root, most=5, page=other)
     assert (fewer["file"], fewer["pictures"]) == (str(other), 5)
     assert [element for element, _ in parse(other.read_text(encoding="utf-8"))].count("img") == 5 + 1
 
@@ -147,7 +147,7 @@ def test_episode_is_shown_again_and_held_against_what_is_written(corpus: Path, t
     digests = [turn["sha256"] for turn in shown["episode"]["turns"]]
     assert all(len(bytes.fromhex(digest)) == 32 for digest in digests)
 
-    folder = Path(preview_episodes(run, tmp_path, episodes=3)["folder"])
+    folder = Path(preview_episodes(run, tmp_path, most=3)["folder"])
     again = show_episode(run, tmp_path, "0-20")
     assert again == shown | {"written": str(folder), "equals_written": True}
     assert json.loads(json.dumps(again)) == again
@@ -182,7 +182,7 @@ def test_episodes_page_shows_a_spread_of_them_with_how_hard_they_are(corpus: Pat
     run = _run(
         corpus, backbone={"path": str(tmp_path / "backbone")}, embedder={"type": "vision_tower", "batch": 8}
     )
-    made = preview_episodes(run, tmp_path, episodes=4)
+    made = preview_episodes(run, tmp_path, most=4)
     rows = read_episodes(Path(made["folder"]))
     assert len(rows) == read_manifest(Path(made["folder"]))["built"]
     page = Path(made["file"]).read_text(encoding="utf-8")

@@ -12,8 +12,8 @@ import pytest
 
 from mmicl_core.data.files import file_digest
 from mmicl_core.errors import DataError
-from pipelines.parts import Counts, add_counts, finish_parts, make_parts, run_parts
-from pipelines.stages import Stage
+from pipelines.parts import Counts, add_counts, finish_parts, is_finished, make_parts, run_parts
+from pipelines.stages import Stage, read_manifest
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -38,8 +38,8 @@ def _finish(stage: Stage) -> dict[str, Any]:
 
 def _make(root: Path) -> dict[str, Any]:
     stage = Stage(root, "squares")
-    if stage.complete:
-        return stage.reuse()
+    if is_finished(stage):
+        return read_manifest(stage.folder)
     make_parts(stage, PARTS, _build, title="Squaring", total=3)
     return _finish(stage)
 

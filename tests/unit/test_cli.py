@@ -251,3 +251,33 @@ def test_corpus_build_without_the_renderer_says_what_to_install(capsys, tmp_path
     monkeypatch.setattr(corpus, "RENDERER", "no_such_renderer")
     assert cli.main(["corpus", "build", "open-emoji", "--output", str(tmp_path / "c")]) == 2
     assert "pip install 'mmicl[corpus]'" in capsys.readouterr().err
+
+
+def test_preview_takes_its_page_and_how_much_it_shows_beside_the_settings(tmp_path, capsys, no_ray, program):
+    given = []
+
+    def preview(run, root, *, page=None, most=24):
+        given.append((run.episodes.seed, root, page, most))
+        return {"shown": most}
+
+    program("pipelines.inspection", "preview_episodes", preview)
+    page, folder = tmp_path / "page.html", tmp_path / "runs"
+    flags = ["--output", str(folder), "--episodes.seed", "3"]
+    assert cli.main(["episodes", "preview", *flags, "--page", str(page), "--show", "5"]) == 0
+    assert cli.main(["episodes", "preview", *flags]) == 0
+    assert given == [(3, folder, page, 5), (3, folder, None, 24)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--show", "0"], "'0' is no whole number from 1 on"),
+        (["--show", "many"], "'many' is no whole number from 1 on"),
+        (["--page", "."], "--page . is a folder: name a file"),
+        (["--pages", "x.html"], "--pages is not a setting; did you mean --page?"),
+    ],
+)
+def test_preview_refuses_what_names_no_page_or_count(flags, said, capsys, no_ray):
+    assert cli.main(["corpus", "preview", *flags]) == 2
+    assert said in capsys.readouterr().err
+    assert not no_ray

@@ -53,9 +53,18 @@ def test_turns_name_versions_drawn_by_the_number_of_the_visit() -> None:
         assert varied == vary_turns(row, visit, 3)
         for before, after in zip(row["turns"], varied["turns"], strict=True):
             drawn[before["picture"]].add(after["picture"])
-            assert before | {"picture": after["picture"]} == after
+            version = {"version": after["version"]} if "version" in after else {}
+            assert variant_key(before["picture"], version.get("version", 0)) == after["picture"]
+            assert before | {"picture": after["picture"]} | version == after
     assert drawn == keys
     assert row == episode_row(["a", "b", "c"], ["x", "y", "x"])
+
+
+def test_question_that_goes_on_about_the_picture_before_gets_no_version() -> None:
+    row = episode_row(["a", "b"], ["x", "y"])
+    row["turns"].insert(1, row["turns"][0] | {"picture": None, "image": None})
+    for visit in range(20):
+        assert vary_turns(row, visit, 3)["turns"][1] == row["turns"][1]
 
 
 def test_one_version_leaves_a_row_as_it_is() -> None:

@@ -13,10 +13,10 @@ from mmicl_core.data.catalogue import (
     CATALOGUED,
     GROUP,
     Catalogue,
-    bucket_of,
     make_bucket,
     write_bucket,
 )
+from mmicl_core.data.exchange import bucket_of
 from mmicl_core.data.schema import SKIPPED
 from mmicl_core.errors import DataError
 from tests.fakes import write_catalogue

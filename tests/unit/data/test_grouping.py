@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from mmicl_core.data import reasons
-from mmicl_core.data.catalogue import CATALOGUED, bucket_of
+from mmicl_core.data.catalogue import CATALOGUED
 from mmicl_core.data.grouping import (
     Grouping,
     assign_concepts,
@@ -16,7 +16,6 @@ from mmicl_core.data.grouping import (
     find_repeats,
     hashes_of_sides,
     in_range,
-    split_by_bucket,
 )
 from mmicl_core.data.schema import LOOKED, PAIR
 from mmicl_core.data.splits import Split
@@ -145,13 +144,3 @@ def test_hashes_keep_all_their_bits() -> None:
     digests = [digest for digest in looked.column("sha256").to_pylist() if digest]
     assert shown.tolist() == sorted(int.from_bytes(digest[:8], "big") for digest in digests)
     assert held.tolist() == []
-
-
-def test_buckets_hold_whole_groups_and_all_rows() -> None:
-    pairs, looked = _tables(*({"concept": f"c{number % 7}"} for number in range(40)))
-    concepts = assign_concepts(pairs, looked, SPLIT, None)
-    rows, _ = catalogued(pairs, looked, concepts, "concept", SPLIT, NOTHING, NOTHING, file=0)
-    batches = split_by_bucket(rows, 3)
-    assert sum(batch.num_rows for batch in batches) == 40
-    for number, batch in enumerate(batches):
-        assert {bucket_of(group, 3) for group in batch.column("group").to_pylist()} <= {number}

@@ -3,11 +3,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 import pytest
 
-from mmicl_core.data.store import ArrayStore, store_columns
+from mmicl_core.data.store import STORE, ArrayStore, store_columns
 from mmicl_core.errors import DataError
+
+
+def _write(file: Path, *batches: pa.RecordBatch) -> None:
+    with pa.ipc.new_file(str(file), STORE) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
 
 
 def test_store_gives_back_arrays_of_different_shapes_from_several_files(tmp_path: Path) -> None:
@@ -15,9 +21,9 @@ def test_store_gives_back_arrays_of_different_shapes_from_several_files(tmp_path
     shapes = [(3, 4), (5, 4), (1, 4), (7,)]
     arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
     keys = [f"key {number}" for number in range(len(arrays))]
-    pq.write_table(store_columns(keys[:2], arrays[:2]), tmp_path / "a.parquet")
+    _write(tmp_path / "a.arrow", store_columns(keys[:2], arrays[:2]))
     # A slice of a transposed array is not contiguous in memory.
-    pq.write_table(store_columns(keys[2:], [arrays[2], arrays[3]]), tmp_path / "b.parquet")
+    _write(tmp_path / "b.arrow", store_columns(keys[2:], [arrays[2], arrays[3]]))
     store = ArrayStore(tmp_path)
     assert len(store) == 4 and "key 0" in store and "key 9" not in store
     for key, array in zip(keys, arrays, strict=True):
@@ -26,7 +32,7 @@ def test_store_gives_back_arrays_of_different_shapes_from_several_files(tmp_path
 
 def test_store_keeps_the_order_of_axes_of_a_transposed_array(tmp_path: Path) -> None:
     array = np.arange(12, dtype=np.float32).reshape(3, 4).T
-    pq.write_table(store_columns(["t"], [array]), tmp_path / "a.parquet")
+    _write(tmp_path / "a.arrow", store_columns(["t"], [array]))
     assert np.array_equal(ArrayStore(tmp_path)["t"], array)
 
 
@@ -39,6 +45,6 @@ def test_store_refuses_values_that_16_bits_cannot_hold() -> None:
 def test_store_names_the_key_that_it_has_not_and_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the stage before did not run"):
         ArrayStore(tmp_path)
-    pq.write_table(store_columns(["t"], [np.ones(2)]), tmp_path / "a.parquet")
+    _write(tmp_path / "a.arrow", store_columns(["t"], [np.ones(2)]))
     with pytest.raises(DataError, match="has no 'other' among its 1 keys"):
         ArrayStore(tmp_path)["other"]
