@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from mmicl_core.errors import BackboneError, DataError
 
-__all__ = ["IMAGE", "ChatFormat", "Piece", "Prompt", "Turn", "count_tokens"]
+__all__ = ["IMAGE", "ChatFormat", "Piece", "Prompt", "Turn", "count_tokens", "demonstration_key"]
 
 IMAGE_PLACEHOLDER = "<image>"
 IMAGE: Literal["image"] = "image"
@@ -28,6 +28,11 @@ class Turn:
     question: str
     answer: str | None
     scored: bool = False
+
+
+def demonstration_key(turn: Turn) -> str:
+    """Names a demonstration: its picture and its words decide what a model makes of it."""
+    return "\t".join((str(turn.picture), turn.question, str(turn.answer)))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from mmicl_core.data.readers.base import Unit
 from mmicl_core.data.splits import Split
 from mmicl_core.data.storage import COPY, CORPUS, IMAGES, Location, PictureReader, locate
 from mmicl_core.errors import DataError
-from pipelines.parts import Counts, Pool, run_parts
+from pipelines.parts import Counts, Pool, add_counts, run_parts
 from pipelines.stages import Stage, read_manifest
 
 __all__ = [
@@ -122,7 +122,12 @@ def look_at_pairs(
         title="Looking at pictures",
         total=sum(part["size"] for part in parts),
         summarise=lambda counts: NOTHING_SEEN | counts,
-        check=partial(_check_share, most=corpus.config.max_skipped_share, where=corpus.config.path),
+        check=partial(
+            _check_share,
+            most=corpus.config.max_skipped_share,
+            where=corpus.config.path,
+            before=read_manifest(pairs.folder),
+        ),
     )
     return stage
 
@@ -158,10 +163,13 @@ def _digest(location: Location, path: str) -> str:
     return digest.hexdigest()
 
 
-def _check_share(counts: Counts, *, most: float, where: str) -> None:
-    skipped: Mapping[str, int] = counts.get("skipped", {})
+def _check_share(counts: Counts, *, most: float, where: str, before: Counts | None = None) -> None:
+    skipped, read = counts.get("skipped", {}), counts.get("read", 0)
+    if before and counts.get("complete"):
+        # What reading has left out is part of the same share.
+        skipped, read = add_counts(before["skipped"], skipped), before["read"]
     faults = {reason: count for reason, count in skipped.items() if reason not in reasons.CHOICES}
-    wrong, read = sum(faults.values()), counts.get("read", 0)
+    wrong = sum(faults.values())
     # The first files of a corpus say little of it.
     if wrong > most * read and (read >= CHECKED_AFTER or counts.get("complete")):
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(faults.items(), key=_by_count))

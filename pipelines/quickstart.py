@@ -6,7 +6,6 @@ started anew, because what it shows is that it runs.
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import socket
@@ -24,6 +23,7 @@ from mmicl_core.config.run import RunConfig, load_run
 from mmicl_core.data.files import write_atomic
 from mmicl_core.data.storage import PictureReader
 from mmicl_core.evaluation.metrics import names_only
+from mmicl_core.evaluation.pages import data_uri
 from mmicl_core.evaluation.report import ShownEpisode, accuracy_table, render_report
 from pipelines.episodes import build_episodes, corpus_counts, describe, read_episodes
 from pipelines.evaluate import evaluate, evaluation_episodes
@@ -123,7 +123,7 @@ def _serve_and_ask(
     *shown, query = episode["turns"]
     demonstrations = [
         {
-            "image_url": {"url": _data_uri(pictures.read(turn["image"]))},
+            "image_url": {"url": data_uri(pictures.read(turn["image"]))},
             "question": turn["question"],
             "answer": turn["answer"],
         }
@@ -175,13 +175,8 @@ def _post(client: httpx.Client, path: str, body: Mapping[str, Any]) -> dict[str,
 
 
 def _message(pictures: PictureReader, image: Mapping[str, Any], question: str) -> dict[str, Any]:
-    shown = {"type": "image_url", "image_url": {"url": _data_uri(pictures.read(image))}}
+    shown = {"type": "image_url", "image_url": {"url": data_uri(pictures.read(image))}}
     return {"role": "user", "content": [shown, {"type": "text", "text": question}]}
-
-
-def _data_uri(data: bytes) -> str:
-    kind = "png" if data.startswith(b"\x89PNG") else "webp"
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _free_port() -> int:

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,15 @@ from mmicl_core.backbones.hugging_face import load_backbone
 from mmicl_core.config.model import AimConfig, SupConConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import TrainConfig
-from mmicl_core.data.augment import vary_turns
 from mmicl_core.data.files import write_atomic
-from mmicl_core.data.pictures import PixelStore
-from mmicl_core.data.store import ArrayStore
 from mmicl_core.errors import find_mistake
 from mmicl_core.methods import build_method
 from mmicl_core.methods.aim import aggregator_identity
-from mmicl_core.methods.base import Batch, Lookup, Method
+from mmicl_core.methods.base import Method
 from mmicl_core.training.checkpoint import TrainState, has_state, load_state, save_state
-from mmicl_core.training.order import RowOrder, share_of_worker
 from mmicl_core.training.step import StepMetrics, learning_rate, train_step
-from pipelines.episodes import DrawnEpisodes, read_episodes
-from pipelines.materials import Materials, prepare, training_rows
-from pipelines.pairs import open_corpus
+from pipelines.feed import Feed
+from pipelines.materials import Materials, prepare
 from pipelines.progress import counting
 from pipelines.stages import Stage
 
@@ -183,7 +178,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     state = load_state(saved, _shapes(method)) if has_state(saved) else None
     first = state.step if state else 0
     engine = ZeroEngine(method, run.train, state)
-    feed = _Feed(run, method, materials)
+    feed = Feed(run, method, materials)
     journal = _Journal(work, first, run.train, settings["counter"], writes=rank == 0)
     journal.describe(engine.largest_partition() | {"world_size": world_size, "zero_stage": ZERO_STAGE})
     for step in range(first, run.train.steps):
@@ -194,56 +189,6 @@ def _train_worker(settings: dict[str, Any]) -> None:
             journal.checkpoint(engine.state(step + 1))
             ray.train.report(vars(metrics))
     journal.close()
-
-
-class _Feed:
-    """The batches of one worker: rows by number, features by key."""
-
-    def __init__(self, run: RunConfig, method: Method, materials: Materials) -> None:
-        self._method, self._run = method, run
-        source = materials.drawn_from
-        self._drawn = DrawnEpisodes(source, run.episodes) if source is not None else None
-        self._states = ArrayStore(materials.states) if materials.states else None
-        self._features = ArrayStore(materials.features) if materials.features else None
-        reader = open_corpus(run.corpus, run.concepts).pictures(materials.pairs)
-        self._pixels = PixelStore(reader, method.backbone.pixels)
-        self._rows = self._read_rows(materials)
-        # What decides the order of a pass is known of an episode before it is drawn.
-        outline = self._rows if self._drawn is None else self._drawn.outline()
-        self._order = RowOrder(
-            lambda epoch: method.epoch_order(outline, epoch, run.train.seed), run.train.global_batch
-        )
-
-    def micro_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
-        """This worker's share of a step."""
-        shares = share_of_worker(self._order.step(step), rank, world_size, self._run.train.micro_batch)
-        return [self._collate([self._row(*visit) for visit in share]) for share in shares]
-
-    @property
-    def replaced(self) -> Mapping[str, int]:
-        """Streamed episodes that another one stands for, by the reason why."""
-        return self._drawn.replaced if self._drawn is not None else {}
-
-    def _collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        features: Lookup | None = self._features
-        if features is None:
-            # Not known before training, or changed by it: the method makes them, from pixels.
-            features = self._pixels.look(turn for row in rows for turn in row.get("turns", ()))
-        return self._method.collate(rows, features, self._states)
-
-    def _row(self, number: int, visit: int) -> Mapping[str, Any]:
-        row = self._rows[number]
-        if self._method.reads == "pictures":
-            return row | {"pixels": self._pixels.look([row])[row["picture"]], "visit": visit}
-        variants = self._run.train.picture_variants
-        return vary_turns(row, visit, variants, query_only=self._states is not None)
-
-    def _read_rows(self, materials: Materials) -> Sequence[dict[str, Any]]:
-        if self._drawn is not None:
-            return self._drawn
-        if materials.episodes is not None:
-            return read_episodes(materials.episodes)
-        return training_rows(materials.catalogue)
 
 
 class _Journal:

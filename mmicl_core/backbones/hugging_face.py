@@ -19,7 +19,7 @@ from mmicl_core.errors import BackboneError
 __all__ = ["HuggingFaceBackbone", "backbone_identity", "load_backbone", "load_for_inference"]
 
 LARGEST_FILE = "7MB"
-READ_BY_THE_MODEL = (".json", ".jinja", ".model", ".safetensors", ".txt")
+READ_BY_THE_MODEL = (".bin", ".json", ".jinja", ".model", ".safetensors", ".txt")
 
 
 class HuggingFaceBackbone(nn.Module):

@@ -21,6 +21,7 @@ __all__ = [
     "Bar",
     "bar_chart",
     "column_chart",
+    "data_uri",
     "facts_table",
     "picture",
     "render_page",
@@ -91,8 +92,13 @@ def text(told: str, kind: str = "") -> str:
 
 def picture(data: bytes) -> str:
     """An encoded PNG or WebP picture."""
+    return f"<img alt='' src='{data_uri(data)}'>"
+
+
+def data_uri(data: bytes) -> str:
+    """An encoded PNG or WebP picture as a URL that holds it."""
     kind = "png" if data.startswith(b"\x89PNG") else "webp"
-    return f"<img alt='' src='data:image/{kind};base64,{base64.b64encode(data).decode()}'>"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def thumbnail(data: bytes, max_pixels: int) -> bytes:

@@ -37,14 +37,13 @@ from mmicl_core.data.collate import Packed, pack
 from mmicl_core.data.files import folder_digest
 from mmicl_core.errors import CheckpointError
 from mmicl_core.methods.base import Lookup, Method, answer_nll, episode_turns, prompt_embeddings, stack
-from mmicl_core.prompts import ChatFormat, Piece, Prompt, Turn, count_tokens
+from mmicl_core.prompts import ChatFormat, Piece, Prompt, Turn, count_tokens, demonstration_key
 
 __all__ = [
     "Aggregator",
     "Aim",
     "AimBatch",
     "aggregator_identity",
-    "demonstration_key",
     "fused_prompt",
     "read_demonstrations",
 ]
@@ -200,11 +199,6 @@ class Aim(Method):
     def save(self, folder: Path) -> None:
         """Write the aggregator."""
         self.aggregator.save(folder, self.backbone.identity)
-
-
-def demonstration_key(turn: Turn) -> str:
-    """Names a demonstration: its picture and its words decide its states."""
-    return "\t".join((str(turn.picture), turn.question, str(turn.answer)))
 
 
 def fused_prompt(chat: ChatFormat, demonstrations: int, query: Turn) -> Prompt:

@@ -176,6 +176,12 @@ def test_a_corpus_with_more_faults_than_allowed_stops_and_tells_them_all(tmp_pat
     with pytest.raises(DataError, match=r"4 of 44 samples .*1 broken file.*max_skipped_share \(0.05\)"):
         describe(run, tmp_path / "run")
     assert not [path for path in (tmp_path / "run").iterdir() if not path.name.endswith(".partial")]
+    # Reading and looking have one share between them: each leaves out less than a tenth, both more.
+    run = _run(tmp_path / "corpus", corpus={"max_skipped_share": 0.1})
+    with pytest.raises(
+        DataError, match=r"7 of 44 samples .*1 web page instead of a picture.*max_skipped_share \(0.1\)"
+    ):
+        describe(run, tmp_path / "run")
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -23,6 +23,7 @@ from mmicl_core.methods import METHODS, build_method
 from mmicl_core.methods.base import Method
 from mmicl_core.training.checkpoint import load_state
 from pipelines.episodes import read_episodes
+from pipelines.feed import Feed
 from pipelines.materials import prepare
 from pipelines.stages import Stage, read_manifest
 from pipelines.train import METRICS_FILE, RESULT, train
@@ -30,6 +31,7 @@ from tests.fakes import reading, tiny_backbone, write_materials
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
+AIM, LCL = AimConfig(), LclConfig()
 STEPS, STOPPED_AT = 20, 12
 RESUMED_LOSS = 2e-4
 BF16_LOSS = 0.02
@@ -40,13 +42,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_materials(tmp_path_factory.mktemp("train"))
 
 
-def _run(folder: Path, method: MethodConfig, steps: int, workers: int) -> RunConfig:
+def _run(
+    folder: Path,
+    method: MethodConfig,
+    steps: int,
+    workers: int,
+    streamed: bool | None = None,
+    picture_variants: int = 2,
+) -> RunConfig:
     from_nothing = isinstance(method, LclConfig)
     return RunConfig(
         **reading(folder),
         episodes=EpisodeConfig(
             stages=(ShotStage(episodes=6, min_shots_of_both_classes=2, max_shots_of_both_classes=4),),
             same_shots_in_a_row=2,
+            # One method trains on written episodes, the other on drawn ones.
+            streamed=from_nothing if streamed is None else streamed,
             seed=1,
         ),
         method=method,
@@ -60,14 +71,14 @@ def _run(folder: Path, method: MethodConfig, steps: int, workers: int) -> RunCon
             # A schedule that only rises does not depend on the number of steps.
             warmup_steps=100,
             num_workers=workers,
-            picture_variants=2,
+            picture_variants=picture_variants,
             checkpoint_every=STOPPED_AT,
             log_every=1,
         ),
     )
 
 
-@pytest.fixture(scope="module", params=[AimConfig(), LclConfig()], ids=["aim", "lcl by muon"])
+@pytest.fixture(scope="module", params=[AIM, LCL], ids=["aim", "lcl by muon"])
 def method(request: pytest.FixtureRequest) -> MethodConfig:
     return request.param
 
@@ -161,18 +172,19 @@ def test_run_stopped_and_resumed_on_one_worker_ends_like_an_uninterrupted_one(
 
 
 def test_checkpoint_that_cannot_be_read_ends_training_at_the_first_try(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = _run(folder, AimConfig(), STEPS, workers=2)
-    checkpoint = tmp_path / f"{_stage(run, tmp_path).folder.name}.work" / "checkpoint" / "step-00000012"
+    run, root = _run(folder, AIM, STEPS + 1, workers=2), folder / "run"
+    checkpoint = root / f"{_stage(run, root).folder.name}.work" / "checkpoint" / "step-00000012"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text('{"step": 1', encoding="utf-8")
     with caplog.at_level("INFO", logger="mmicl"), pytest.raises(Exception, match="cannot be read") as caught:
-        train(run, tmp_path)
+        train(run, root)
     assert isinstance(find_mistake(caught.value), CheckpointError)
     assert "broke off" not in caplog.text
 
 
+@pytest.mark.parametrize("method", [LCL], ids=["lcl by muon"], indirect=True)
 def test_matrices_multiplied_in_bf16_take_training_the_same_way_but_for_rounding(
     folder: Path, uninterrupted: Path, method: MethodConfig
 ) -> None:
@@ -195,22 +207,30 @@ def test_language_model_and_tower_train_together_from_pixels(folder: Path) -> No
     assert moved == {name for name in start if "post_layernorm" not in name}
 
 
-def test_streamed_episodes_train_like_written_ones_and_none_is_written(folder: Path, tmp_path: Path) -> None:
-    written = _run(folder, AimConfig(), 4, workers=2)
-    streamed = written.model_copy(update={"episodes": written.episodes.model_copy(update={"streamed": True})})
-    # Versions of demonstrations are seen only where their states are not kept.
-    plain = {"train": written.train.model_copy(update={"picture_variants": 1})}
-    results = [train(run.model_copy(update=plain), tmp_path).folder for run in (streamed, written)]
-    names = [path.name.partition("-")[0] for path in tmp_path.iterdir()]
-    assert names.count("episodes") == 1
+@pytest.mark.parametrize("config", [AIM, LCL], ids=["aim", "lcl"])
+def test_streamed_episodes_are_the_batches_of_written_ones_and_none_is_written(
+    folder: Path, config: MethodConfig, tmp_path: Path
+) -> None:
+    built = build_method(tiny_backbone(), config)
+    losses, made = {}, {}
+    for streamed in (True, False):
+        # Versions of demonstrations are seen only where their states are not kept.
+        run = _run(folder, config, STEPS, workers=2, streamed=streamed, picture_variants=1)
+        made[streamed] = prepare(run, folder / "run")
+        feed = Feed(run, built, made[streamed])
+        batches = [batch for step in range(3) for batch in feed.micro_batches(step, 1, 2)]
+        losses[streamed] = torch.cat([built(batch) for batch in batches]).detach()
+        assert not feed.replaced
+    assert (made[True].episodes, made[True].features, made[True].states) == (None, None, None)
+    assert made[False].episodes and made[False].features
     # Kept states and features are rounded to 16 bits; those read in the step are not.
-    np.testing.assert_allclose(_losses(results[0]), _losses(results[1]), rtol=2e-3)
+    torch.testing.assert_close(losses[True], losses[False], rtol=2e-3, atol=2e-3)
 
 
 def test_features_hold_both_versions_of_every_query_and_the_states_of_every_demonstration(
     folder: Path,
 ) -> None:
-    materials = prepare(_run(folder, AimConfig(), STEPS, workers=2), folder / "run")
+    materials = prepare(_run(folder, AIM, STEPS, workers=2), folder / "run")
     assert materials.features and materials.states and materials.episodes
     features, states = ArrayStore(materials.features), ArrayStore(materials.states)
     backbone = tiny_backbone()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch import Tensor
 from mmicl_core.config.model import AimConfig
 from mmicl_core.data.collate import pack
 from mmicl_core.errors import CheckpointError
-from mmicl_core.methods.aim import Aggregator, Aim, demonstration_key, fused_prompt, read_demonstrations
+from mmicl_core.methods.aim import Aggregator, Aim, fused_prompt, read_demonstrations
 from mmicl_core.methods.base import answer_nll, episode_turns, prompt_embeddings
 from mmicl_core.methods.lcl import full_prompt
-from mmicl_core.prompts import ChatFormat, Turn
+from mmicl_core.prompts import ChatFormat, Turn, demonstration_key
 from tests.fakes import PlainEngine, episode_row, random_vision, tiny_backbone
 
 PICTURES = [f"p{number}" for number in range(6)]
@@ -64,6 +65,19 @@ def test_fused_tokens_are_unchanged_by_batch_neighbours_and_their_padding() -> N
     for one, two, three in zip(together, apart, backwards, strict=True):
         torch.testing.assert_close(one, two, **LAST_BITS)
         torch.testing.assert_close(one, three, **LAST_BITS)
+
+
+def test_states_kept_in_16_bits_train_under_autocast_the_same_way_but_for_rounding() -> None:
+    method = _method()
+    batch = _batch(method, ROWS)
+    kept = replace(batch, shown=[states.half() for states in batch.shown])
+    whole = method(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = method(kept)
+    rounded.sum().backward()
+    assert method.aggregator.projection.weight.grad.isfinite().all()
+    assert not torch.equal(rounded, whole)
+    torch.testing.assert_close(rounded, whole, rtol=0.02, atol=0.02)
 
 
 def test_states_of_a_demonstration_depend_on_its_picture() -> None:
