@@ -86,11 +86,12 @@ def _evaluate_at(run: RunConfig, shots: int, source: Source, episodes: Stage, ro
 
     def build(folder: Path) -> dict[str, Any]:
         rows = [{"row": number} for number in range(read_manifest(episodes.folder)["built"])]
+        batches = -(-len(rows) // config.batch)
         title = f"Answering at {shots} shots per class"
         with counting(title, len(rows) * len(config.conditions)) as counter:
             answered = (
                 ray.data.from_arrow(pa.Table.from_pylist(rows))
-                .repartition(-(-len(rows) // config.batch))
+                .repartition(batches)
                 .map_batches(
                     _Answerer,
                     batch_size=config.batch,
@@ -103,7 +104,7 @@ def _evaluate_at(run: RunConfig, shots: int, source: Source, episodes: Stage, ro
                         episodes.folder,
                         counter,
                     ),
-                    compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, len(rows))),
+                    compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, batches)),
                     num_cpus=CPUS_OF_AN_ANSWERER,
                     num_gpus=1 if ray.cluster_resources().get("GPU", 0) >= config.num_workers else 0,
                 )

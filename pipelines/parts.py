@@ -191,11 +191,13 @@ def _make(
     if isinstance(build, Pool):
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
         gpus = int(ray.cluster_resources().get("GPU", 0)) if build.gpu else 0
+        most = max(1, min(gpus or cpus, len(rows)))
         done = described.map_batches(
             _Maker,
             batch_size=1,
             fn_constructor_args=(build, folder, counter),
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(gpus or cpus, len(rows)))),
+            # All are started at once, and one suffices where others hold the rest of the cluster.
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
             num_cpus=1,
             num_gpus=1 if gpus else 0,
         )

@@ -12,7 +12,7 @@ import pytest
 from pipelines.environment import DEFAULTS, cluster
 
 HERE = Path(__file__).parent
-START_RAY = {"integration", "trials"}
+START_RAY = {"benchmarks", "integration", "trials"}
 
 # Before any library that reads them is imported. Tests never touch a cluster that somebody works on.
 os.environ.pop("RAY_ADDRESS", None)
@@ -34,9 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A local Ray for the tests of a module; it ends with them."""
+    """A local Ray for all tests that need one and start none themselves."""
     with cluster():
         yield
 

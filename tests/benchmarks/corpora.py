@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import tarfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +21,19 @@ GRAIN = 20
 def write_photographs(folder: Path, shards: int, pictures: int) -> list[Path]:
     """Tar shards of JPEGs with captions, all different."""
     folder.mkdir(parents=True)
-    paths = []
-    for number in range(shards):
-        path = folder / f"{number:05d}.tar"
-        with tarfile.open(path, "w") as archive:
-            for picture in range(pictures):
-                key = f"{number:05d}{picture:04d}"
-                _add(archive, f"{key}.jpg", _photograph(number * pictures + picture))
-                _add(archive, f"{key}.txt", f"photograph number {picture}".encode())
-                _add(archive, f"{key}.json", b'{"concept": "thing %d"}' % (picture % 50))
-        paths.append(path)
-    return paths
+    with ProcessPoolExecutor() as pool:
+        return list(pool.map(partial(_write_shard, folder, pictures), range(shards)))
+
+
+def _write_shard(folder: Path, pictures: int, number: int) -> Path:
+    path = folder / f"{number:05d}.tar"
+    with tarfile.open(path, "w") as archive:
+        for picture in range(pictures):
+            key = f"{number:05d}{picture:04d}"
+            _add(archive, f"{key}.jpg", _photograph(number * pictures + picture))
+            _add(archive, f"{key}.txt", f"photograph number {picture}".encode())
+            _add(archive, f"{key}.json", b'{"concept": "thing %d"}' % (picture % 50))
+    return path
 
 
 def _photograph(seed: int) -> bytes:

@@ -51,7 +51,7 @@ def client(ray_cluster, run):
 
 @pytest.fixture(autouse=True)
 def _ray_outlives_the_server(ray_cluster, monkeypatch):
-    # Ray ends with this module, not with each of its servers, so that they must leave nothing on it.
+    # Ray outlives each of these servers, so that they must leave nothing on it.
     monkeypatch.setenv("RAY_ADDRESS", "auto")
 
 

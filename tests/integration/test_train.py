@@ -28,6 +28,7 @@ from pipelines.materials import prepare
 from pipelines.stages import Stage, read_manifest
 from pipelines.train import METRICS_FILE, RESULT, train
 from tests.fakes import reading, tiny_backbone, write_materials
+from tests.killer import Killer
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -169,6 +170,27 @@ def test_run_stopped_and_resumed_on_one_worker_ends_like_an_uninterrupted_one(
     # with every step or two: eight steps after the stop it is 1e-4. Without the moments of the checkpoint,
     # losses after the stop differ by more than 0.01.
     np.testing.assert_allclose(_losses(resumed), _losses(uninterrupted), rtol=RESUMED_LOSS)
+
+
+@pytest.mark.parametrize("method", [AIM], ids=["aim"], indirect=True)
+def test_training_whose_worker_is_killed_says_so_and_ends_like_an_undisturbed_one(
+    folder: Path,
+    uninterrupted: Path,
+    method: MethodConfig,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    root, longer = tmp_path / "killed", 3 * STEPS
+    # What training reads is there already; the training itself is not.
+    shutil.copytree(uninterrupted.parent, root, ignore=shutil.ignore_patterns("train-*"))
+    killer = Killer(root, [STOPPED_AT + 2])
+    killer.start()
+    with caplog.at_level("INFO", logger="mmicl"):
+        losses = _losses(train(_run(folder, method, longer, workers=2), root).folder)
+    assert killer.killed == 1
+    assert caplog.text.count("goes on from its last checkpoint") == 1
+    assert len(losses) == longer
+    np.testing.assert_allclose(losses[:STEPS], _losses(uninterrupted), rtol=1e-6)
 
 
 def test_checkpoint_that_cannot_be_read_ends_training_at_the_first_try(
