@@ -230,7 +230,9 @@ def test_a_part_that_was_lost_is_made_again_and_nothing_else(tmp_path: Path) -> 
             key: about for key, about in manifest["files"].items() if key.split("-")[1] == name.split("-")[1]
         }
         rows = manifest["files"][name]["rows"]
-        counts = {"read": 128, "built": rows, "skipped_by_reason": _reasons(partial, number)}
+        turns = sum(map(len, pq.read_table(partial / name).column("turns").to_pylist()))
+        tally = _reasons(partial, number)
+        counts = {"read": 128, "built": rows, "turns": turns, "skipped_by_reason": tally}
         note = json.dumps({"files": files, "counts": counts})
         (partial / ".notes" / f"{number:05d}.json").write_text(note, encoding="utf-8")
     times = {path.name: path.stat().st_mtime_ns for path in partial.glob("*-0000[0-3].parquet")}
