@@ -19,7 +19,8 @@ quickstart: $(STAMP)
 	$(BIN)/mmicl quickstart --output runs/quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not bench and not trial"
+	$(BIN)/python -m pytest -q -n auto tests/house tests/unit
+	$(BIN)/python -m pytest -m "not bench and not trial" tests/integration tests/trials
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ START_RAY = {"benchmarks", "integration", "trials"}
 # Before any library that reads them is imported. Tests never touch a cluster that somebody works on.
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.update(DEFAULTS)
+# Ray Train notices the end of its workers at the next look, by default every two seconds.
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,10 +38,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A local Ray for all tests that need one and start none themselves."""
-    with cluster():
-        yield
+def _local_ray() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(_local_ray: ExitStack) -> None:
+    """A local Ray, the same for all modules that need one and start none themselves."""
+    # Where one runs already, it is used.
+    _local_ray.enter_context(cluster())
+
+
+@pytest.fixture(scope="module")
+def no_ray_cluster(_local_ray: ExitStack) -> None:
+    """No Ray of these tests runs: a second one on a machine has no agent that takes jobs."""
+    _local_ray.close()
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def address(no_ray_cluster: None) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
