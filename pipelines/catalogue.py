@@ -37,7 +37,7 @@ from mmicl_core.data.grouping import (
 )
 from mmicl_core.data.schema import SKIPPED
 from pipelines.pairs import Corpus, read_embedding_files
-from pipelines.parts import Counts, finish_parts, is_finished, make_parts
+from pipelines.parts import Counts, finish_parts, make_parts, reuse_finished
 from pipelines.stages import Stage, read_manifest
 
 __all__ = ["Described", "assign", "build_catalogue"]
@@ -96,7 +96,7 @@ def assign(corpus: Corpus, pairs: Stage, looked: Stage, config: ConceptConfig, r
         max_repeats=corpus.config.max_repeats,
     )
     described = Described(corpus, pairs, looked, stage)
-    if is_finished(stage):
+    if reuse_finished(stage):
         return described
     names = described.parts
     rows = read_manifest(looked.folder)["read"]
@@ -117,7 +117,7 @@ def build_catalogue(described: Described, grouping: Grouping, min_pictures: int,
     # Documents and tasks have no pictures too few to tell them apart by.
     least = min_pictures if grouping == "concept" else 1
     stage = Stage(root, f"catalogue-{grouping}", concepts=described.concepts.fingerprint, min_pictures=least)
-    if is_finished(stage):
+    if reuse_finished(stage):
         return stage
     names, rows = described.parts, read_manifest(described.looked.folder)["kept"]
     buckets = -(-rows // ROWS_OF_A_BUCKET) or 1

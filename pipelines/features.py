@@ -26,8 +26,8 @@ from mmicl_core.methods.aim import read_demonstrations
 from mmicl_core.prompts import ChatFormat, Turn
 from pipelines.catalogue import Described
 from pipelines.parts import Counts, Pool
-from pipelines.stages import Stage
-from pipelines.wanted import KEY, catalogued_pictures, demonstrations, encode_parts, shown_pictures
+from pipelines.stages import Stage, read_manifest
+from pipelines.wanted import KEY, Pick, catalogued_pictures, demonstrations, encode_parts, shown_pictures
 
 __all__ = ["encode_demonstrations", "encode_pictures", "teach_pictures"]
 
@@ -51,7 +51,7 @@ def encode_pictures(
     )
     pool = Pool(_Encoder, (_PictureEncoder, backbone, described, variants), gpu=True)
     wanted = partial(shown_pictures, queries_only=queries_only)
-    return encode_parts(stage, "Encoding pictures", episodes, "episodes-*.parquet", wanted, pool)
+    return _encode_turns(stage, "Encoding pictures", episodes, wanted, pool)
 
 
 def teach_pictures(described: Described, teacher: Path, side: int, catalogue: Stage, root: Path) -> Stage:
@@ -59,7 +59,10 @@ def teach_pictures(described: Described, teacher: Path, side: int, catalogue: St
     about = [backbone_identity(teacher), side]
     stage = Stage(root, "teacher", catalogue=catalogue.fingerprint, about=about)
     pool = Pool(_Encoder, (_Teacher, teacher, described, side), gpu=True)
-    return encode_parts(stage, "Asking the teacher", catalogue, "pictures-*.arrow", catalogued_pictures, pool)
+    most = read_manifest(catalogue.folder)["kept"]
+    return encode_parts(
+        stage, "Asking the teacher", catalogue, "pictures-*.arrow", catalogued_pictures, pool, most=most
+    )
 
 
 def encode_demonstrations(described: Described, backbone: Path, episodes: Stage, root: Path) -> Stage:
@@ -67,8 +70,12 @@ def encode_demonstrations(described: Described, backbone: Path, episodes: Stage,
     identity = backbone_identity(backbone)
     stage = Stage(root, "states", episodes=episodes.fingerprint, backbone=identity)
     pool = Pool(_Encoder, (_DemonstrationReader, backbone, described), gpu=True)
-    title = "Reading demonstrations"
-    return encode_parts(stage, title, episodes, "episodes-*.parquet", demonstrations, pool)
+    return _encode_turns(stage, "Reading demonstrations", episodes, demonstrations, pool)
+
+
+def _encode_turns(stage: Stage, title: str, episodes: Stage, pick: Pick, pool: Pool) -> Stage:
+    turns = read_manifest(episodes.folder)["turns"]
+    return encode_parts(stage, title, episodes, "episodes-*.parquet", pick, pool, most=turns)
 
 
 class _Encoder:

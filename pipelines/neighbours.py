@@ -24,7 +24,7 @@ from mmicl_core.data.prototypes import mean_pictures, read_prototypes
 from mmicl_core.data.similarity import Weights, rank_block
 from mmicl_core.data.taxonomy import rank_by_taxonomy
 from pipelines.pairs import read_embedding_files
-from pipelines.parts import Counts, Pool, finish_parts, is_finished, make_parts, run_parts
+from pipelines.parts import Counts, Pool, finish_parts, make_parts, reuse_finished, run_parts
 from pipelines.stages import Stage
 
 __all__ = ["find_neighbours"]
@@ -46,7 +46,7 @@ def find_neighbours(
     if config.by == "taxonomy":
         settings = {"by": "taxonomy", "count": config.count}
     stage = Stage(root, "neighbours", catalogue=catalogue.fingerprint, settings=settings)
-    if is_finished(stage):
+    if reuse_finished(stage):
         return stage
     concepts = len(Catalogue(catalogue.folder))
     if config.by == "taxonomy":

@@ -33,7 +33,16 @@ from mmicl_core.data.schema import SCHEMA_VERSION
 from pipelines.progress import counting
 from pipelines.stages import CONFIG_FILE, MANIFEST_FILE, Stage, read_manifest
 
-__all__ = ["Build", "Counts", "Pool", "add_counts", "finish_parts", "is_finished", "make_parts", "run_parts"]
+__all__ = [
+    "Build",
+    "Counts",
+    "Pool",
+    "add_counts",
+    "finish_parts",
+    "reuse_finished",
+    "make_parts",
+    "run_parts",
+]
 
 log = logging.getLogger("mmicl")
 
@@ -85,7 +94,7 @@ def run_parts(
             of them and `complete` at last.
         blocks: most pieces that Ray Data hands out; it changes nothing in the result.
     """
-    if is_finished(stage):
+    if reuse_finished(stage):
         manifest = read_manifest(stage.folder)
         # Another run may have allowed more.
         check(manifest | {"complete": True})
@@ -94,8 +103,8 @@ def run_parts(
     return finish_parts(stage, parts, summarise=summarise, check=check)
 
 
-def is_finished(stage: Stage) -> bool:
-    """Whether a stage of parts is there; one whose end was broken off is brought to it."""
+def reuse_finished(stage: Stage) -> bool:
+    """Bring a stage whose end was broken off to it; tells whether there is a finished one, to be reused."""
     if not stage.complete and (_partial(stage) / MANIFEST_FILE).is_file():
         _take_name(stage)
     if stage.complete:

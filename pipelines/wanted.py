@@ -23,11 +23,12 @@ from mmicl_core.data.arrow_files import read_arrow, write_arrow
 from mmicl_core.data.exchange import read_exchange, write_exchange
 from mmicl_core.prompts import Turn, demonstration_key
 from pipelines.catalogue import ROWS_OF_A_BUCKET
-from pipelines.parts import Counts, Pool, finish_parts, is_finished, make_parts
+from pipelines.parts import Counts, Pool, finish_parts, make_parts, reuse_finished
 from pipelines.stages import Stage, read_manifest
 
 __all__ = [
     "KEY",
+    "Pick",
     "catalogued_pictures",
     "demonstrations",
     "encode_parts",
@@ -42,19 +43,21 @@ Pick = Callable[[Path], pa.Table]
 """A file -> what of it is to be encoded, each row under its `KEY`."""
 
 
-def encode_parts(stage: Stage, title: str, source: Stage, files: str, pick: Pick, pool: Pool) -> Stage:
+def encode_parts(
+    stage: Stage, title: str, source: Stage, files: str, pick: Pick, pool: Pool, *, most: int
+) -> Stage:
     """Fill a stage with what a pool of processes makes of each thing that `pick` finds in `source`.
 
     A part names the `list` that its things stand in, as an Arrow file, and which: `size` from `start` on.
 
     Args:
         files: a glob of the files of `source` that `pick` looks into.
+        most: how many things `pick` can find, those found twice counted twice.
     """
-    if is_finished(stage):
+    if reuse_finished(stage):
         return stage
-    manifest = read_manifest(source.folder)
-    names = sorted(name for name in manifest["files"] if fnmatchcase(name, files))
-    buckets = -(-manifest["turns" if "turns" in manifest else "kept"] // ROWS_OF_A_BUCKET) or 1
+    names = sorted(name for name in read_manifest(source.folder)["files"] if fnmatchcase(name, files))
+    buckets = -(-most // ROWS_OF_A_BUCKET) or 1
     given = [
         {"name": f"wanted-from-{number:05d}", "file": str(source.folder / name), "size": 1}
         for number, name in enumerate(names)

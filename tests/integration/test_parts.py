@@ -12,7 +12,7 @@ import pytest
 
 from mmicl_core.data.files import file_digest
 from mmicl_core.errors import DataError
-from pipelines.parts import Counts, add_counts, finish_parts, is_finished, make_parts, run_parts
+from pipelines.parts import Counts, add_counts, finish_parts, make_parts, reuse_finished, run_parts
 from pipelines.stages import Stage, read_manifest
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -38,7 +38,7 @@ def _finish(stage: Stage) -> dict[str, Any]:
 
 def _make(root: Path) -> dict[str, Any]:
     stage = Stage(root, "squares")
-    if is_finished(stage):
+    if reuse_finished(stage):
         return read_manifest(stage.folder)
     make_parts(stage, PARTS, _build, title="Squaring", total=3)
     return _finish(stage)
@@ -66,7 +66,7 @@ def _die_after(patch: pytest.MonkeyPatch, steps: int) -> None:
         patch.setattr(os, name, counted(getattr(os, name)))
 
 
-def test_stage_whose_end_is_broken_off_anywhere_is_finished_by_the_next_with_the_same_bytes(
+def test_stage_whose_end_is_broken_off_anywhere_reuse_finished_by_the_next_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = tmp_path / "made"

@@ -95,7 +95,7 @@ def _workers(command: Command) -> list[psutil.Process]:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.trial) for n in range(1, 6))])
-def test_run_whose_driver_is_killed_is_finished_by_the_next_with_the_same_bytes(
+def test_run_whose_driver_is_killed_reuse_finished_by_the_next_with_the_same_bytes(
     arguments: list[str], undisturbed: dict[str, str], tmp_path: Path, seed: int
 ) -> None:
     rng = random.Random(seed)
