@@ -3,7 +3,7 @@
 Demonstrations are read apart from each other and from the query, so their fused tokens can be kept
 and put before any query. A pack is a few demonstrations that are used together:
 
-    pack id   digest of backbone, aggregator and, in order, every picture's bytes and words
+    pack id   digest of backbone, template, adapter and, in order, every picture's bytes and words
     file      BANK/<pack id>.safetensors: array NUMBER, float32 (T, D), for each demonstration;
               in the header, under `pack`, JSON with what made it, token counts and a digest of the arrays
 
@@ -30,7 +30,7 @@ from mmicl_core.errors import BankError
 
 __all__ = ["Bank", "Demonstration", "Fused", "Pack", "PackEntry", "UnknownPackError"]
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "pack"
 # Ids come from clients and become file names.
 ID_PATTERN = re.compile(r"pack-[0-9a-f]{32}")
@@ -44,9 +44,9 @@ class UnknownPackError(BankError):
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A picture, as encoded, with a question and its answer."""
+    """Pictures, as encoded, with a question and its answer."""
 
-    image: bytes
+    images: tuple[bytes, ...]
     question: str
     answer: str
 
@@ -71,27 +71,31 @@ class Pack:
 
 
 class Bank:
-    """The packs of one folder that fit one backbone and one aggregator.
+    """The packs of one folder that fit one backbone and one adapter.
 
     Args:
         folder: made with the first pack; several processes may share it.
         backbone: identity of the frozen model.
-        aggregator: fingerprint of the trained projection.
+        template: how the model's turns are written.
+        adapter: fingerprint of the trained projection.
     """
 
-    def __init__(self, folder: Path, *, backbone: str, aggregator: str) -> None:
+    def __init__(self, folder: Path, *, backbone: str, template: str, adapter: str) -> None:
         self._folder = folder
-        self._maker = {"format": FORMAT, "backbone": backbone, "aggregator": aggregator}
+        self._maker = {
+            "format": FORMAT,
+            "backbone": backbone,
+            "template": template,
+            "adapter": adapter,
+        }
 
     def name(self, demonstrations: Sequence[Demonstration]) -> str:
         """The id of a pack; equal for equal content, whenever it is made."""
         digest = hashlib.sha256(json.dumps(self._maker, sort_keys=True).encode())
         for demonstration in demonstrations:
-            for part in (
-                demonstration.image,
-                demonstration.question.encode(),
-                demonstration.answer.encode(),
-            ):
+            words = (demonstration.question.encode(), demonstration.answer.encode())
+            count = len(demonstration.images).to_bytes(8, "big")
+            for part in (count, *demonstration.images, *words):
                 # The length keeps "ab" + "c" apart from "a" + "bc".
                 digest.update(len(part).to_bytes(8, "big") + part)
         return f"pack-{digest.hexdigest()[:32]}"
@@ -114,7 +118,7 @@ class Bank:
             if not np.isfinite(array).all():
                 raise BankError(
                     f"the fused tokens of demonstration {number} are not finite: the backbone or the "
-                    "aggregator overflows at its precision"
+                    "adapter overflows at its precision"
                 )
         entry = PackEntry(self.name(demonstrations), tuple(tokens_full), tuple(len(array) for array in fused))
         arrays = {str(number): np.ascontiguousarray(array) for number, array in enumerate(fused)}

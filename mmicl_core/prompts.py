@@ -14,25 +14,24 @@ from typing import Any, Literal
 
 from mmicl_core.errors import BackboneError, DataError
 
-__all__ = ["IMAGE", "ChatFormat", "Piece", "Prompt", "Turn", "count_tokens", "demonstration_key"]
+__all__ = ["IMAGE", "ChatFormat", "Piece", "Prompt", "Turn", "count_text", "demonstration_key"]
 
-IMAGE_PLACEHOLDER = "<image>"
 IMAGE: Literal["image"] = "image"
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question about one picture (or none); `answer` is None where the model shall give it."""
+    """One question about any number of pictures; `answer` is None where the model shall give it."""
 
-    picture: str | None
+    pictures: tuple[str, ...]
     question: str
     answer: str | None
     scored: bool = False
 
 
 def demonstration_key(turn: Turn) -> str:
-    """Names a demonstration: its picture and its words decide what a model makes of it."""
-    return "\t".join((str(turn.picture), turn.question, str(turn.answer)))
+    """Names a demonstration: its pictures and its words decide what a model makes of it."""
+    return "\t".join(("|".join(turn.pictures), turn.question, str(turn.answer)))
 
 
 @dataclass(frozen=True)
@@ -52,28 +51,35 @@ class Piece:
 Prompt = list[Piece]
 
 
-def count_tokens(prompt: Prompt, visual_tokens: int) -> tuple[int, int]:
-    """Positions of a prompt with all its pictures, and of its text alone, which is what fusing leaves."""
-    text = sum(len(piece.ids) for piece in prompt)
-    return text + visual_tokens * sum(piece.kind == IMAGE for piece in prompt), text
+def count_text(prompt: Prompt) -> int:
+    """Tokens of a prompt's text alone, which is what fusing leaves of a demonstration."""
+    return sum(len(piece.ids) for piece in prompt)
 
 
 class ChatFormat:
     """Turns -> pieces, by a processor's chat template.
 
     Args:
-        processor: a Hugging Face processor with a chat template and a tokenizer.
+        processor: a Hugging Face processor with a tokenizer.
+        image_token: stands for a picture in what the template renders.
+        template: the Jinja template of turns, for processors that bring none.
 
     Raises:
-        BackboneError: the template gives a turn that depends on the turns before it.
+        BackboneError: there is no template, or it gives a turn that depends on the turns before it.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, image_token: str, template: str | None = None) -> None:
         self._processor = processor
         self._tokenizer = processor.tokenizer
-        self._image_token = str(getattr(processor, "image_token", IMAGE_PLACEHOLDER))
-        once = self._render([Turn("", "q", "a")])
-        twice = self._render([Turn("", "q", "a")] * 2)
+        self._image_token = image_token
+        self._template = processor.chat_template or template
+        if self._template is None:
+            raise BackboneError(
+                "the model's processor has no chat template, and its family no plain one: save the processor "
+                "with the chat_template that the model was trained with"
+            )
+        once = self._render([Turn((), "q", "a")])
+        twice = self._render([Turn((), "q", "a")] * 2)
         turn = twice[len(once) :]
         if not twice.startswith(once) or not turn or not once.endswith(turn):
             raise BackboneError(
@@ -81,23 +87,30 @@ class ChatFormat:
                 f"({once!r}, then {turn!r}): demonstrations could not be cached apart"
             )
         self._prefix = once[: len(once) - len(turn)]
+        self.example = once
+        """A turn as the template writes it, which tells it from other templates."""
 
     def prefix(self) -> Prompt:
         """What stands once at the head of a prompt: a start token, a system message."""
-        return list(self._text(self._prefix)) if self._prefix else []
+        return list(self.text(self._prefix))
 
     def turn(self, turn: Turn) -> Prompt:
         """The pieces of one turn, ending at the answer's place where there is no answer."""
         self._refuse_control_tokens(turn.question)
         whole = self._render([turn])[len(self._prefix) :]
         if turn.answer is None:
-            return list(self._pieces(whole, turn.picture))
+            return list(self._pieces(whole, turn.pictures))
         self._refuse_control_tokens(turn.answer)
-        asked = self._render([Turn(turn.picture, turn.question, None)])[len(self._prefix) :]
+        asked = self._render([Turn(turn.pictures, turn.question, None)])[len(self._prefix) :]
         if not whole.startswith(asked):
             raise BackboneError(f"the chat template writes {whole!r}, which does not begin with {asked!r}")
-        answer = self._text(whole[len(asked) :], scored=turn.scored)
-        return [*self._pieces(asked, turn.picture), *answer]
+        answer = self.text(whole[len(asked) :], scored=turn.scored)
+        return [*self._pieces(asked, turn.pictures), *answer]
+
+    def conversation(self, turns: Sequence[Turn], fused: int = 0) -> Prompt:
+        """The prefix, places for the tokens of `fused` demonstrations, and all turns written out."""
+        places = [Piece("fused", reference=str(number)) for number in range(fused)]
+        return [*self.prefix(), *places, *(piece for turn in turns for piece in self.turn(turn))]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Answer ids -> text."""
@@ -106,26 +119,34 @@ class ChatFormat:
     def _render(self, turns: Sequence[Turn]) -> str:
         messages = []
         for turn in turns:
-            content = [] if turn.picture is None else [{"type": "image"}]
+            content: list[dict[str, str]] = [{"type": "image"} for _ in turn.pictures]
             messages.append({"role": "user", "content": [*content, {"type": "text", "text": turn.question}]})
             if turn.answer is not None:
                 answer = [{"type": "text", "text": turn.answer}]
                 messages.append({"role": "assistant", "content": answer})
         return str(
             self._processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=turns[-1].answer is None
+                messages,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=turns[-1].answer is None,
             )
         )
 
-    def _pieces(self, text: str, picture: str | None) -> Iterator[Piece]:
-        before, placeholder, after = text.partition(self._image_token)
-        yield from self._text(before)
-        if placeholder:
-            assert picture is not None
+    def _pieces(self, text: str, pictures: tuple[str, ...]) -> Iterator[Piece]:
+        first, *others = text.split(self._image_token)
+        if len(others) != len(pictures):
+            raise BackboneError(
+                f"the chat template gives {len(others)} places for {len(pictures)} pictures in {text!r}: it "
+                f"must write {self._image_token} once for each"
+            )
+        yield from self.text(first)
+        for picture, after in zip(pictures, others, strict=True):
             yield Piece(IMAGE, reference=picture)
-            yield from self._text(after)
+            yield from self.text(after)
 
-    def _text(self, text: str, *, scored: bool = False) -> Iterator[Piece]:
+    def text(self, text: str, *, scored: bool = False) -> Iterator[Piece]:
+        """Text as it is, outside of any turn; nothing where there is none."""
         if text:
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
             yield Piece("text", ids=tuple(ids), scored=scored)

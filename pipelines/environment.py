@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DEFAULTS", "cluster", "prepare_process", "quieten", "ray_outlives_the_program"]
+__all__ = ["DEFAULTS", "cluster", "code_revision", "prepare_process", "quieten", "ray_outlives_the_program"]
 
 DEFAULTS: Mapping[str, str] = {
     # Forked after first use, tokenizers warn and go single-threaded; Ray gives the parallelism here.
@@ -110,6 +111,15 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def code_revision() -> str | None:
+    """The commit of this checkout, with `-dirty` where files differ from it; None outside of a checkout."""
+    told = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def ray_outlives_the_program() -> bool:

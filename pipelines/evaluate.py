@@ -15,14 +15,15 @@ from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import backbone_identity, load_for_inference
 from mmicl_core.config.episodes import EpisodeConfig, ShotStage, TwoWayConfig
 from mmicl_core.config.run import RunConfig
-from mmicl_core.config.train import Condition, EvaluateConfig
+from mmicl_core.config.train import ADAPTED, Condition, EvaluateConfig
 from mmicl_core.data.catalogue import Catalogue
 from mmicl_core.data.images import decode
 from mmicl_core.data.pictures import images_of
 from mmicl_core.evaluation.metrics import names_exactly, names_only, wilson_interval
 from mmicl_core.evaluation.naming import NamingTask
-from mmicl_core.methods.aim import Aggregator, aggregator_identity
-from mmicl_core.methods.base import episode_turns
+from mmicl_core.methods import METHODS, load_method, read_settings
+from mmicl_core.methods.adapter import adapter_identity
+from mmicl_core.methods.base import Pictures, Plain, episode_turns
 from pipelines.episodes import Source, build_episodes, describe, read_episodes
 from pipelines.progress import counting
 from pipelines.stages import Stage, read_manifest
@@ -40,7 +41,7 @@ def evaluate(run: RunConfig, root: Path) -> list[dict[str, Any]]:
     """Ask every condition at every number of shots; one row of results for each number.
 
     A row holds `shots_per_class`, `part`, `queries`, `conditions` (each `accuracy` with the `low` and
-    `high` end of its 95 % interval) and `tokens` (mean of a demonstration, full and fused).
+    `high` end of its 95 % interval) and `tokens` (mean of a demonstration, full and as the adapter takes it).
     """
     source = describe(run, root)
     rows = []
@@ -73,13 +74,14 @@ def evaluation_episodes(source: Source, run: RunConfig, shots: int, root: Path) 
 def _evaluate_at(run: RunConfig, shots: int, source: Source, episodes: Stage, root: Path) -> dict[str, Any]:
     config = run.evaluate
     backbone = resolve(run.backbone.path)
-    aggregator = resolve(config.aggregator) if config.aggregator and "fused" in config.conditions else None
+    adapted = any(condition in ADAPTED for condition in config.conditions)
+    adapter = resolve(config.adapter) if config.adapter and adapted else None
     stage = Stage(
         root,
         "evaluate",
         episodes=episodes.fingerprint,
         backbone=backbone_identity(backbone),
-        aggregator=aggregator_identity(aggregator) if aggregator else None,
+        adapter=adapter_identity(adapter) if adapter else None,
         conditions=config.conditions,
         max_new_tokens=config.max_new_tokens,
     )
@@ -99,7 +101,7 @@ def _evaluate_at(run: RunConfig, shots: int, source: Source, episodes: Stage, ro
                     fn_constructor_args=(
                         config,
                         backbone,
-                        aggregator,
+                        adapter,
                         source,
                         episodes.folder,
                         counter,
@@ -124,7 +126,7 @@ def _sum_up(answers: list[dict[str, Any]]) -> dict[str, Any]:
         conditions[condition] = {"accuracy": sum(right) / len(right), "low": low, "high": high}
     tokens = {
         f"demonstration_{kind}": sum(row[f"tokens_{kind}"] for row in answers) / len(answers)
-        for kind in ("full", "fused")
+        for kind in ("full", "adapted")
     }
     return {"queries": len(answers) // len(conditions), "conditions": conditions, "tokens": tokens}
 
@@ -136,15 +138,19 @@ class _Answerer:
         self,
         config: EvaluateConfig,
         backbone: Path,
-        aggregator: Path | None,
+        adapter: Path | None,
         source: Source,
         episodes: Path,
         counter: Any,
     ) -> None:
         torch.set_num_threads(1)
-        self._backbone = load_for_inference(backbone)
-        loaded = Aggregator.load(aggregator, self._backbone) if aggregator else None
-        self._task = NamingTask(self._backbone, loaded, config.max_new_tokens)
+        plain, adapted = Plain(load_for_inference(backbone)), None
+        if adapter is not None:
+            changes = METHODS[read_settings(adapter).type].changes_backbone
+            adapted = load_method(adapter, load_for_inference(backbone) if changes else plain.backbone)
+        self._task = NamingTask(plain, adapted, config.max_new_tokens)
+        self._methods = {"full": plain, "adapted": adapted or plain}
+        self._prepare = plain.backbone.prepare
         self._reader = source.described.corpus.pictures(source.described.pairs.folder)
         self._episodes = read_episodes(episodes)
         concepts = Catalogue(source.catalogue("concept").folder)
@@ -154,26 +160,25 @@ class _Answerer:
     def __call__(self, batch: pa.Table) -> pa.Table:
         episodes = [self._episodes[row] for row in batch.column("row").to_pylist()]
         images = images_of(episodes)
-        pictures = [decode(self._reader.read(image)) for image in images.values()]
-        pixels = self._backbone.pixels(pictures)
-        vision = dict(zip(images, self._backbone.encode_pixels(pixels), strict=True))
+        decoded = [decode(self._reader.read(image)) for image in images.values()]
+        pictures = dict(zip(images, self._prepare(decoded), strict=True))
+        costs = [self._costs(episode, pictures) for episode in episodes]
         rows = []
         for condition in self._config.conditions:
-            answers = self._task.answer(episodes, condition, vision)
-            for episode, answer in zip(episodes, answers, strict=True):
-                costs = [self._task.demonstration_tokens(turn) for turn in episode_turns(episode)[:-1]]
-                rows.append(
-                    {
-                        "episode": episode["episode"],
-                        "condition": condition,
-                        "answer": answer,
-                        **self._scored(episode, condition, answer),
-                        "tokens_full": sum(full for full, _ in costs) / len(costs),
-                        "tokens_fused": sum(fused for _, fused in costs) / len(costs),
-                    }
-                )
+            answers = self._task.answer(episodes, condition, pictures)
+            for episode, answer, cost in zip(episodes, answers, costs, strict=True):
+                asked = {"episode": episode["episode"], "condition": condition, "answer": answer}
+                rows.append(asked | self._scored(episode, condition, answer) | cost)
             ray.get(self._counter.add.remote(len(episodes)))
         return pa.Table.from_pylist(rows)
+
+    def _costs(self, episode: dict[str, Any], pictures: Pictures) -> dict[str, float]:
+        """Mean tokens of a demonstration, in full and as the adapter takes it."""
+        shown = episode_turns(episode)[:-1]
+        return {
+            f"tokens_{kind}": sum(method.demonstration_tokens(turn, pictures) for turn in shown) / len(shown)
+            for kind, method in self._methods.items()
+        }
 
     def _scored(self, episode: dict[str, Any], condition: Condition, answer: str) -> dict[str, Any]:
         expected, other = episode["answer"], episode["other"]

@@ -1,55 +1,77 @@
 """Ray Data: what frozen parts give is computed once, by a pool of actors, and kept.
 
-pictures --vision tower--> (V, W) of each picture
+pictures --vision tower, projector--> (V, D) of each picture, or --vision tower--> (R, W)
 pictures --teacher--> (E,) of each picture
 demonstrations --frozen backbone, each read alone--> (T, D) of each demonstration
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 
 from mmicl_core.backbones.hugging_face import backbone_identity, load_for_inference
+from mmicl_core.backbones.vision import join
+from mmicl_core.config.model import AimConfig
 from mmicl_core.data.arrow_files import read_arrow
-from mmicl_core.data.augment import augment_versions, variant_key
+from mmicl_core.data.augment import variant_key
 from mmicl_core.data.embedding import ImageTeacher
 from mmicl_core.data.images import decode
+from mmicl_core.data.pictures import PreparedPicture, change_version
 from mmicl_core.data.store import STORE, store_columns
-from mmicl_core.methods.aim import read_demonstrations
-from mmicl_core.prompts import ChatFormat, Turn
+from mmicl_core.methods.aim import Reader
+from mmicl_core.prompts import Turn
 from pipelines.catalogue import Described
 from pipelines.parts import Counts, Pool
 from pipelines.stages import Stage, read_manifest
-from pipelines.wanted import KEY, Pick, catalogued_pictures, demonstrations, encode_parts, shown_pictures
+from pipelines.wanted import (
+    KEY,
+    Pick,
+    as_turn,
+    catalogued_pictures,
+    demonstrations,
+    encode_parts,
+    shown_pictures,
+)
 
 __all__ = ["encode_demonstrations", "encode_pictures", "teach_pictures"]
 
 ROWS_OF_A_BATCH = 64
 
+Takes = Literal["visual_tokens", "tower_states"]
 Encode = Callable[[pa.Table], pa.RecordBatch]
 """Rows that are wanted -> rows of a store."""
 
 
 def encode_pictures(
-    described: Described, backbone: Path, episodes: Stage, variants: int, root: Path, *, queries_only: bool
+    described: Described,
+    backbone: Path,
+    episodes: Stage,
+    root: Path,
+    *,
+    takes: Takes,
+    variants: int,
+    queries_only: bool,
 ) -> Stage:
-    """Vision-tower output of the pictures of episodes and of their augmented versions, by `variant_key`."""
+    """Visual tokens, or states of the vision tower, of the pictures of episodes and of their augmented
+    versions, by `variant_key`."""
     stage = Stage(
         root,
         "vision",
+        takes=takes,
         episodes=episodes.fingerprint,
         backbone=backbone_identity(backbone),
         variants=variants,
         queries_only=queries_only,
     )
-    pool = Pool(_Encoder, (_PictureEncoder, backbone, described, variants), gpu=True)
+    pool = Pool(_Encoder, (_PictureEncoder, backbone, described, takes, variants), gpu=True)
     wanted = partial(shown_pictures, queries_only=queries_only)
     return _encode_turns(stage, "Encoding pictures", episodes, wanted, pool)
 
@@ -65,11 +87,18 @@ def teach_pictures(described: Described, teacher: Path, side: int, catalogue: St
     )
 
 
-def encode_demonstrations(described: Described, backbone: Path, episodes: Stage, root: Path) -> Stage:
+def encode_demonstrations(
+    described: Described, backbone: Path, episodes: Stage, root: Path, config: AimConfig
+) -> Stage:
     """Frozen states of every demonstration of episodes, by `demonstration_key`."""
-    identity = backbone_identity(backbone)
-    stage = Stage(root, "states", episodes=episodes.fingerprint, backbone=identity)
-    pool = Pool(_Encoder, (_DemonstrationReader, backbone, described), gpu=True)
+    stage = Stage(
+        root,
+        "states",
+        episodes=episodes.fingerprint,
+        backbone=backbone_identity(backbone),
+        reads=[config.layer, config.text],
+    )
+    pool = Pool(_Encoder, (_DemonstrationReader, backbone, described, config), gpu=True)
     return _encode_turns(stage, "Reading demonstrations", episodes, demonstrations, pool)
 
 
@@ -107,20 +136,27 @@ class _Pictures:
 
 
 class _PictureEncoder:
-    def __init__(self, backbone: Path, described: Described, variants: int) -> None:
+    def __init__(self, backbone: Path, described: Described, takes: Takes, variants: int) -> None:
         self._backbone = load_for_inference(backbone)
-        self._pictures, self._variants = _Pictures(described), variants
+        self._pictures, self._takes, self._variants = _Pictures(described), takes, variants
 
+    @torch.no_grad()
     def __call__(self, rows: pa.Table) -> pa.RecordBatch:
         keys = rows.column(KEY).to_pylist()
-        pixels = self._backbone.pixels(self._pictures(rows))
-        names, arrays = list[str](), list[Any]()
-        for variant in range(self._variants):
+        pictures = self._backbone.prepare(self._pictures(rows))
+        names, shown = list(keys), list(pictures)
+        for variant in range(1, self._variants):
             versions = [variant_key(key, variant) for key in keys]
-            seen = augment_versions(pixels, versions) if variant else pixels
             names += versions
-            arrays += list(self._backbone.encode_pixels(seen).float().cpu().numpy())
-        return store_columns(names, arrays)
+            shown += [change_version(one, key) for one, key in zip(pictures, versions, strict=True)]
+        arrays = [array.float().cpu().numpy() for array in self._features(shown)]
+        return store_columns(names, arrays, shown)
+
+    def _features(self, pictures: list[PreparedPicture]) -> Sequence[torch.Tensor]:
+        if self._takes == "tower_states":
+            return self._backbone.vision.tower_states(pictures)
+        batch = join(pictures)
+        return self._backbone.vision.see(batch).split(list(batch.visual_tokens))
 
 
 class _Teacher:
@@ -132,17 +168,19 @@ class _Teacher:
 
 
 class _DemonstrationReader:
-    def __init__(self, backbone: Path, described: Described) -> None:
+    def __init__(self, backbone: Path, described: Described, config: AimConfig) -> None:
         self._backbone, self._pictures = load_for_inference(backbone), _Pictures(described)
-        self._chat = ChatFormat(self._backbone.processor)
+        self._reader = Reader(self._backbone, config)
 
     def __call__(self, rows: pa.Table) -> pa.RecordBatch:
-        vision_NVW = self._backbone.encode_pixels(self._backbone.pixels(self._pictures(rows)))
-        states = read_demonstrations(self._backbone, self._chat, _as_turns(rows), vision_NVW)
+        shown = rows.filter(pc.is_valid(rows.column("picture")))
+        prepared = self._backbone.prepare(self._pictures(shown)) if shown.num_rows else []
+        pictures = dict(zip(shown.column("picture").to_pylist(), prepared, strict=True))
+        states = self._reader.read(self._reader.pack(_as_turns(rows), pictures))
         arrays = [state.float().cpu().numpy() for state in states]
         return store_columns(rows.column(KEY).to_pylist(), arrays)
 
 
 def _as_turns(rows: pa.Table) -> list[Turn]:
     columns = (rows.column(name).to_pylist() for name in ("picture", "question", "answer"))
-    return [Turn(*row) for row in zip(*columns, strict=True)]
+    return [as_turn(*row) for row in zip(*columns, strict=True)]

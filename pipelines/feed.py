@@ -11,8 +11,8 @@ from typing import Any
 from mmicl_core.config.run import RunConfig
 from mmicl_core.data.augment import vary_turns
 from mmicl_core.data.pictures import PixelStore
-from mmicl_core.data.store import ArrayStore
-from mmicl_core.methods.base import Batch, Lookup, Method
+from mmicl_core.data.store import ArrayStore, PictureStore
+from mmicl_core.methods.base import Batch, Method, Pictures
 from mmicl_core.training.order import RowOrder, share_of_worker
 from pipelines.episodes import DrawnEpisodes, read_episodes
 from pipelines.materials import Materials, training_rows
@@ -35,9 +35,9 @@ class Feed:
         source = materials.drawn_from
         self._drawn = DrawnEpisodes(source, run.episodes) if source is not None else None
         self._states = ArrayStore(materials.states) if materials.states else None
-        self._features = ArrayStore(materials.features) if materials.features else None
+        self._features = PictureStore(materials.features) if materials.features else None
         reader = open_corpus(run.corpus, run.concepts).pictures(materials.pairs)
-        self._pixels = PixelStore(reader, method.backbone.pixels)
+        self._pixels = PixelStore(reader, method.backbone.prepare)
         self._rows = self._read_rows(materials)
         # What decides the order of a pass is known of an episode before it is drawn.
         outline = self._rows if self._drawn is None else self._drawn.outline()
@@ -56,16 +56,18 @@ class Feed:
         return self._drawn.replaced if self._drawn is not None else {}
 
     def _collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        features: Lookup | None = self._features
-        if features is None:
+        pictures: Pictures | None = self._features
+        if pictures is None:
             # Not known before training, or changed by it: the method makes them, from pixels.
-            features = self._pixels.look(turn for row in rows for turn in row.get("turns", ()))
-        return self._method.collate(rows, features, self._states)
+            pictures = self._pixels.look(turn for row in rows for turn in row.get("turns", ()))
+        batch: Batch = self._method.collate(rows, pictures, self._states)
+        return batch
 
     def _row(self, number: int, visit: int) -> Mapping[str, Any]:
         row = self._rows[number]
         if self._method.reads == "pictures":
-            return row | {"pixels": self._pixels.look([row])[row["picture"]], "visit": visit}
+            prepared = self._pixels.look([row])[row["picture"]]
+            return row | {"pixels": prepared.inputs["pixel_values"], "visit": visit}
         variants = self._run.train.picture_variants
         return vary_turns(row, visit, variants, query_only=self._states is not None)
 

@@ -10,10 +10,11 @@ import ray
 from PIL import Image
 
 from mmicl_core.assets import resolve
+from mmicl_core.backbones.families import family_in
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, backbone_identity, load_backbone
 from mmicl_core.backbones.induction import start_projector
 from mmicl_core.backbones.nano import build_nano, whiten_patches
-from mmicl_core.config.model import BackboneConfig, LclConfig, SupConConfig
+from mmicl_core.config.model import AimConfig, BackboneConfig, SupConConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.data.catalogue import Catalogue
 from mmicl_core.data.images import decode
@@ -69,25 +70,31 @@ def prepare(run: RunConfig, root: Path) -> Materials:
     backbone = open_backbone(run.backbone, source, root)
     common = Materials(backbone, source.described.pairs.folder, concepts.folder)
     if isinstance(run.method, SupConConfig):
-        features = None
-        if run.method.teacher is not None:
-            teacher, side = resolve(run.method.teacher), run.method.teacher_pixels
-            features = teach_pictures(source.described, teacher, side, concepts, root).folder
-        return replace(common, features=features)
+        if run.method.teacher is None:
+            return common
+        teacher, side = resolve(run.method.teacher), run.method.teacher_pixels
+        return replace(common, states=teach_pictures(source.described, teacher, side, concepts, root).folder)
     if run.episodes.streamed:
         # Which pictures a step meets is not known before; the workers look at them.
         return replace(common, drawn_from=pool_folders(source, run.episodes))
     episodes = build_episodes(source, run.episodes, root)
     materials, described = replace(common, episodes=episodes.folder), source.described
-    if METHODS[run.method.type].needs_states:
-        states = encode_demonstrations(described, backbone, episodes, root)
+    if isinstance(run.method, AimConfig):
+        states = encode_demonstrations(described, backbone, episodes, root, run.method)
         materials = replace(materials, states=states.folder)
-    if isinstance(run.method, LclConfig) and run.method.train_vision_tower:
+    takes = METHODS[run.method.type].takes
+    if takes == "pixels" or (takes == "visual_tokens" and family_in(backbone).instructed):
         return materials
-    # A demonstration whose states are known is never looked at again.
-    queries_only = materials.states is not None
-    variants = run.train.picture_variants
-    seen = encode_pictures(described, backbone, episodes, variants, root, queries_only=queries_only)
+    seen = encode_pictures(
+        described,
+        backbone,
+        episodes,
+        root,
+        takes=takes,
+        variants=run.train.picture_variants,
+        # A demonstration whose states are known is never looked at again.
+        queries_only=materials.states is not None,
+    )
     return replace(materials, features=seen.folder)
 
 

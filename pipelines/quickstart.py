@@ -36,7 +36,7 @@ __all__ = ["quickstart"]
 log = logging.getLogger("mmicl")
 
 RECIPE = "quickstart.yaml"
-SHIPPED_AGGREGATOR = "embedded:nano_aim"
+SHIPPED_ADAPTER = "embedded:nano_aim"
 REQUEST_SECONDS = 60.0
 TIMED_REQUESTS = 5
 
@@ -53,7 +53,7 @@ def quickstart(output: Path, recipe: Path | None = None) -> dict[str, Any]:
         source = describe(run, root)
         concepts = source.catalogue("concept")
         build_episodes(source, run.episodes, root)
-    with clock.step("train the aggregator"):
+    with clock.step("train the AIM adapter"):
         trained = train(run, root)
     with clock.step("evaluate on held-out concepts"):
         rows = _evaluate(run, trained, root)
@@ -91,11 +91,11 @@ class _Clock:
 
 
 def _evaluate(run: RunConfig, trained: Stage, root: Path) -> dict[str, Any]:
-    """The first row of the evaluation with the aggregator just trained, and the shipped one beside it."""
-    (row,) = evaluate(_with_evaluation(run, aggregator=str(trained.folder / RESULT)), root)[:1]
-    shipped = _with_evaluation(run, aggregator=SHIPPED_AGGREGATOR, conditions=("fused",))
+    """The first row of the evaluation with the adapter just trained, and the shipped one beside it."""
+    (row,) = evaluate(_with_evaluation(run, adapter=str(trained.folder / RESULT)), root)[:1]
+    shipped = _with_evaluation(run, adapter=SHIPPED_ADAPTER, conditions=("adapted",))
     (shipped_row,) = evaluate(shipped, root)[:1]
-    scores = row["conditions"] | {"fused_shipped": shipped_row["conditions"]["fused"]}
+    scores = row["conditions"] | {"shipped": shipped_row["conditions"]["adapted"]}
     about = {"shots_per_class": row["shots_per_class"], "queries": row["queries"]}
     return {"evaluation": about | scores, "tokens": row["tokens"]}
 
@@ -115,7 +115,7 @@ def _serve_and_ask(
     """Start the server, register the demonstrations, ask with the pack and with the full turns."""
     serve = run.serve.model_copy(
         update={
-            "aggregator": str((trained.folder / RESULT).absolute()),
+            "adapter": str((trained.folder / RESULT).absolute()),
             "bank": str((root / "bank").absolute()),
             "port": _free_port(),
         }
@@ -192,7 +192,7 @@ def _print_table(report: Mapping[str, Any], output: Path) -> None:
         lines.append(f"  {label:<34} {accuracy}   95 % interval {interval}")
     lines += [
         f"  tokens of a demonstration          {tokens['demonstration_full']:.1f} full, "
-        f"{tokens['demonstration_fused']:.1f} fused",
+        f"{tokens['demonstration_adapted']:.1f} fused",
         f"  time to first token                {serve['ttft_ms_full']:.0f} ms full, "
         f"{serve['ttft_ms_pack']:.0f} ms with the pack",
         f"\nreport: {output / 'report.html'} and {output / 'report.json'}",

@@ -22,17 +22,18 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from mmicl_core.assets import resolve
-from mmicl_core.backbones.hugging_face import load_backbone
-from mmicl_core.config.model import AimConfig, SupConConfig
+from mmicl_core.backbones.hugging_face import backbone_identity, load_backbone
+from mmicl_core.config.model import LclConfig, SupConConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import TrainConfig
 from mmicl_core.data.files import write_atomic
 from mmicl_core.errors import find_mistake
 from mmicl_core.methods import build_method
-from mmicl_core.methods.aim import aggregator_identity
+from mmicl_core.methods.adapter import CONFIG_FILE, adapter_identity
 from mmicl_core.methods.base import Method
 from mmicl_core.training.checkpoint import TrainState, has_state, load_state, save_state
 from mmicl_core.training.step import StepMetrics, learning_rate, train_step
+from pipelines.environment import code_revision
 from pipelines.feed import Feed
 from pipelines.materials import Materials, prepare
 from pipelines.progress import counting
@@ -58,11 +59,13 @@ def train(run: RunConfig, root: Path) -> Stage:
     if isinstance(named, SupConConfig):
         # Which teacher it was, the name of the materials says.
         named = named.model_copy(update={"teacher": None})
-    if isinstance(named, AimConfig) and named.start is not None:
+    elif not isinstance(named, LclConfig) and named.start is not None:
         folder = resolve(named.start)
         # The workers have other working directories.
         run = run.model_copy(update={"method": named.model_copy(update={"start": str(folder)})})
-        named = named.model_copy(update={"start": aggregator_identity(folder)})
+        is_adapter = (folder / CONFIG_FILE).is_file()
+        identity = adapter_identity(folder) if is_adapter else backbone_identity(folder)
+        named = named.model_copy(update={"start": identity})
     stage = Stage(
         root,
         f"train-{run.method.type}",
@@ -88,9 +91,12 @@ def train(run: RunConfig, root: Path) -> Stage:
         with torch.no_grad():
             for name, parameter in method.trainable().items():
                 parameter.copy_(state.parameters[name].value)
-        method.save(folder / RESULT)
+        summary = _summary(work)
+        metrics = {key: summary[key] for key in ("steps", "loss_first", "loss_last")}
+        about = {"backbone_name": run.backbone.path, "code": code_revision(), "metrics": metrics}
+        method.save(folder / RESULT, about)
         shutil.copy(work / METRICS_FILE, folder / METRICS_FILE)
-        return _summary(work)
+        return summary
 
     manifest = stage.run(build)
     partition = manifest["partition"]

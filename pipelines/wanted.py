@@ -29,6 +29,7 @@ from pipelines.stages import Stage, read_manifest
 __all__ = [
     "KEY",
     "Pick",
+    "as_turn",
     "catalogued_pictures",
     "demonstrations",
     "encode_parts",
@@ -84,9 +85,14 @@ def demonstrations(file: Path) -> pa.Table:
     """The demonstrations of EPISODE rows: `picture`, `image`, `question`, `answer`."""
     turns = _turns(file, queries=False, demonstrations=True)
     texts = (turns.column(name).to_pylist() for name in ("picture", "question", "answer"))
-    keys = [demonstration_key(Turn(*said)) for said in zip(*texts, strict=True)]
+    keys = [demonstration_key(as_turn(*said)) for said in zip(*texts, strict=True)]
     columns = turns.select(["picture", "image", "question", "answer"])
     return columns.append_column(KEY, pa.array(keys, type=pa.string()))
+
+
+def as_turn(picture: str | None, question: str, answer: str) -> Turn:
+    """A demonstration as the columns of episodes hold it."""
+    return Turn(() if picture is None else (picture,), question, answer)
 
 
 def catalogued_pictures(file: Path) -> pa.Table:

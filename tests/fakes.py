@@ -29,6 +29,7 @@ from mmicl_core.config.model import BackboneConfig
 from mmicl_core.data.catalogue import CATALOGUED, Catalogue, make_bucket, write_bucket
 from mmicl_core.data.exchange import bucket_of
 from mmicl_core.data.names import SYLLABLES
+from mmicl_core.data.pictures import PreparedPicture
 from mmicl_core.methods.base import Method
 
 __all__ = [
@@ -40,7 +41,7 @@ __all__ = [
     "episode_row",
     "metadata",
     "pair_rows",
-    "random_vision",
+    "random_pictures",
     "reading",
     "tiny_backbone",
     "write_catalogue",
@@ -191,11 +192,15 @@ def episode_row(pictures: Sequence[str], names: Sequence[str], question: str = "
     }
 
 
-def random_vision(pictures: Iterable[str], backbone: HuggingFaceBackbone) -> dict[str, np.ndarray]:
-    """Vision-tower outputs that no tower made, by picture."""
+def random_pictures(pictures: Iterable[str], backbone: HuggingFaceBackbone) -> dict[str, PreparedPicture]:
+    """Visual tokens that no picture made, by key."""
     rng = np.random.default_rng(0)
-    shape = (backbone.visual_tokens, backbone.vision_width)
-    return {picture: rng.normal(size=shape).astype(np.float16) for picture in pictures}
+    (prepared,) = backbone.prepare([draw_picture(0)])
+    shape = (len(prepared.ids), backbone.width)
+    return {
+        key: PreparedPicture(prepared.ids, features=rng.normal(size=shape).astype(np.float16))
+        for key in pictures
+    }
 
 
 @cache

@@ -1,4 +1,8 @@
-"""Greedy decoding one token at a time, for answers that are shown while they grow."""
+"""Greedy decoding: whole answers of a batch, or one answer token by token while it grows.
+
+The keys and values of a prompt are computed once; each step then costs one position. Positions are counted
+on from the prompt's own last one, which in prompts with pictures need not be their length.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +13,99 @@ import torch
 from torch import Tensor
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
+from mmicl_core.backbones.language import Embedded
 
-__all__ = ["context_length", "greedy_tokens"]
+__all__ = ["Decoding", "context_length", "generate", "greedy_tokens"]
+
+NO_LIMIT = 1 << 20
 
 
 def context_length(backbone: HuggingFaceBackbone) -> int:
     """Most positions of a prompt and its answer together."""
-    return int(backbone.model.config.text_config.max_position_embeddings)
+    return int(getattr(backbone.text_config, "max_position_embeddings", None) or NO_LIMIT)
 
 
-def greedy_tokens(backbone: HuggingFaceBackbone, embeds_LD: Tensor, max_new_tokens: int) -> Iterator[int]:
-    """The tokens of `Backbone.generate` for one prompt (L, D), each as soon as it is chosen.
-
-    Ends before the end token. The keys and values of the prompt are kept between steps, so that a step
-    costs one position.
-    """
-    cache = None
+def generate(backbone: HuggingFaceBackbone, prompts: Embedded, max_new_tokens: int) -> list[list[int]]:
+    """Greedy continuation of left-padded prompts; ids before the end token."""
+    decoding = Decoding(backbone, prompts)
     end = backbone.tokenizer.eos_token_id
-    embeds_BLD = embeds_LD[None]
+    chosen: list[Tensor] = []
+    ended = torch.zeros(len(prompts.mask_BL), dtype=torch.bool, device=prompts.mask_BL.device)
+    while len(chosen) < max_new_tokens:
+        ids_B = decoding.scores_BV.argmax(-1)
+        chosen.append(ids_B)
+        ended = ended | (ids_B == end)
+        if ended.all() or len(chosen) == max_new_tokens:
+            break
+        decoding.feed(ids_B)
+    answers = [row.tolist() for row in torch.stack(chosen, dim=1)]
+    return [ids[: ids.index(end)] if end in ids else ids for ids in answers]
+
+
+def greedy_tokens(backbone: HuggingFaceBackbone, prompt: Embedded, max_new_tokens: int) -> Iterator[int]:
+    """The tokens of `generate` for one prompt, each as soon as it is chosen; ends before the end token."""
+    decoding = None
     for _ in range(max_new_tokens):
-        token, cache = _choose(backbone, embeds_BLD, cache)
-        if token == end:
+        if decoding is None:
+            decoding = Decoding(backbone, prompt)
+        else:
+            decoding.feed(token_B)
+        token_B = decoding.scores_BV.argmax(-1)
+        token = int(token_B[0])
+        if token == backbone.tokenizer.eos_token_id:
             return
         yield token
-        embeds_BLD = backbone.embed(torch.tensor([[token]], device=backbone.device))
 
 
-@torch.no_grad()
-def _choose(backbone: HuggingFaceBackbone, embeds_BLD: Tensor, cache: Any) -> tuple[int, Any]:
-    output = backbone.language_model(inputs_embeds=embeds_BLD, past_key_values=cache, use_cache=True)
-    scores = backbone.logits(output.last_hidden_state[0, -1])
-    return int(scores.argmax()), output.past_key_values
+class Decoding:
+    """Prompts whose answers grow by one token at a time.
+
+    Args:
+        prompts: left-padded.
+        cache: keys and values of what comes before the prompts, as an earlier body gave them.
+    """
+
+    scores_BV: Tensor
+    """Scores of the next token of each."""
+
+    @torch.no_grad()
+    def __init__(self, backbone: HuggingFaceBackbone, prompts: Embedded) -> None:
+        self._backbone = backbone
+        self._mask_BL = prompts.mask_BL
+        self._next_B = prompts.last_positions() + 1
+        self._axes = prompts.positions.shape[:-2]
+        self._encoded: Tensor | None = None
+        if backbone.family.decoder is not None:
+            self._encoded = backbone.read(prompts).last_hidden_state
+            self._cache: Any = None
+            start = backbone.text_config.decoder_start_token_id
+            self._answer(torch.full_like(self._next_B, start))
+            return
+        output = backbone.read(prompts, use_cache=True)
+        self._cache = output.past_key_values
+        self.scores_BV = backbone.logits(output.last_hidden_state[:, -1])
+
+    @torch.no_grad()
+    def feed(self, ids_B: Tensor) -> None:
+        """Go on behind these tokens."""
+        if self._encoded is not None:
+            self._answer(ids_B)
+            return
+        self._mask_BL = torch.cat([self._mask_BL, torch.ones_like(self._mask_BL[:, :1])], dim=1)
+        output = self._backbone.language_model(
+            inputs_embeds=self._backbone.model.get_input_embeddings()(ids_B[:, None]),
+            attention_mask=self._mask_BL,
+            position_ids=self._next_B[:, None].expand(*self._axes, -1, -1),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._next_B = self._next_B + 1
+        self.scores_BV = self._backbone.logits(output.last_hidden_state[:, -1])
+
+    def _answer(self, ids_B: Tensor) -> None:
+        assert self._encoded is not None
+        output = self._backbone.decode(
+            self._encoded, self._mask_BL, ids_B[:, None], past_key_values=self._cache, use_cache=True
+        )
+        self._cache = output.past_key_values
+        self.scores_BV = output.logits[:, -1]

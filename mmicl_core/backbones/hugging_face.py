@@ -1,8 +1,8 @@
-"""A `Backbone` out of a stock Hugging Face image-text-to-text model, frozen."""
+"""A multimodal language model out of a stock Hugging Face image-text-to-text model, frozen."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +10,42 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForImageTextToText
+from transformers.modeling_outputs import BaseModelOutput
 
-from mmicl_core.backbones.families import family_of, part
+from mmicl_core.backbones.families import Family, family_of, part
+from mmicl_core.backbones.language import Embedded, embed, language_inputs, positions_of
+from mmicl_core.backbones.processors import load_processor
+from mmicl_core.backbones.vision import PictureBatch, Vision
+from mmicl_core.data.collate import NOT_SCORED, Packed
 from mmicl_core.data.files import folder_digest
-from mmicl_core.errors import BackboneError
+from mmicl_core.data.pictures import PreparedPicture
+from mmicl_core.errors import BackboneError, DataError
+from mmicl_core.prompts import ChatFormat
 
-__all__ = ["HuggingFaceBackbone", "backbone_identity", "load_backbone", "load_for_inference"]
+__all__ = ["ROLES", "HuggingFaceBackbone", "backbone_identity", "load_backbone", "load_for_inference"]
 
-LARGEST_FILE = "7MB"
+ROLES = ("vision_tower", "projector", "language_model", "head")
+LARGEST_FILE, LARGE_FILE = "7MB", "4GB"
+SMALL_MODEL = 64 << 20
 READ_BY_THE_MODEL = (".bin", ".json", ".jinja", ".model", ".safetensors", ".txt")
 
 
 class HuggingFaceBackbone(nn.Module):
-    """The roles of `families.FAMILIES` behind the operations of `base.Backbone`.
+    """What the methods need from a model, by the roles of its row in `families.FAMILIES`.
+
+    Shapes (letters in `mmicl_core.shapes`). A picture is R states of width W behind the vision tower and V
+    visual tokens of width D behind the projector; a prompt is L tokens of width D.
 
     Args:
         model: what `AutoModelForImageTextToText` gave.
         processor: its image processor and tokenizer.
         identity: names the weights.
+
+    Raises:
+        BackboneError: the model has no row, or its parts are not where the row says.
     """
 
     # Modules of a foreign library: what they take and give is not known to a type checker.
@@ -40,16 +57,26 @@ class HuggingFaceBackbone(nn.Module):
 
     def __init__(self, model: Any, processor: Any, identity: str) -> None:
         super().__init__()
-        family = family_of(model.config.model_type)
+        self.family: Family = family_of(model.config)
         self.model = model
         self.processor = processor
         self.identity = identity
-        self.vision_tower = part(model, family.vision_tower)
-        self.projector = part(model, family.projector)
-        self.language_model = part(model, family.language_model)
-        self.head = part(model, family.head)
+        self.vision_tower = part(model, self.family.vision_tower)
+        self.projector = part(model, self.family.projector[0])
+        self.language_model = part(model, self.family.language_model)
+        self.head = part(model, self.family.head)
+        self.vision = Vision(self._root, self.family, processor, self.projector)
         self.requires_grad_(requires_grad=False)
         self.eval()
+
+    def train(self, mode: bool = True) -> HuggingFaceBackbone:
+        """Frozen parts stay as they are used: dropout and running statistics are never trained here."""
+        super().train(mode)
+        for role in ROLES:
+            if not any(parameter.requires_grad for _, parameter in self.role_parameters(role)):
+                for module in self._role_modules(role):
+                    module.eval()
+        return self
 
     @property
     def tokenizer(self) -> Any:
@@ -57,21 +84,35 @@ class HuggingFaceBackbone(nn.Module):
         return self.processor.tokenizer
 
     @property
-    def width(self) -> int:
-        """D."""
-        return int(self.model.config.text_config.hidden_size)
+    def chat(self) -> ChatFormat:
+        """How turns are written for this model."""
+        return ChatFormat(self.processor, self.vision.image_token, self.family.chat_template)
 
     @property
-    def visual_tokens(self) -> int:
-        """V: the grid of patches; the class token is dropped under the default selection."""
-        vision = self.model.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        return int(patches + (self.model.config.vision_feature_select_strategy == "full"))
+    def text_config(self) -> Any:
+        """The configuration of the language model."""
+        return self.model.config.get_text_config()
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.text_config.hidden_size)
 
     @property
     def vision_width(self) -> int:
-        """W."""
-        return int(self.model.config.vision_config.hidden_size)
+        """W, of the states that the projector takes."""
+        return self.family.tower_width(self.model.config)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks of the language model, or of its encoder."""
+        return self._blocks(self.language_model, self.family.layers)
+
+    @property
+    def vision_layers(self) -> nn.ModuleList | None:
+        """The blocks of the vision tower, if patches run through such as a sequence."""
+        layers = self.family.vision_layers
+        return self._blocks(self.vision_tower, layers) if layers is not None else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,76 +124,139 @@ class HuggingFaceBackbone(nn.Module):
         """Where the weights are."""
         return next(self.language_model.parameters()).device
 
-    def pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Decoded pictures -> (N, 3, height, width), as the model's own processor prepares them."""
-        return self.processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
+    @property
+    def language_side(self) -> nn.Module:
+        """The language model with its embeddings and, of an encoder-decoder, its decoder; the head may be in it."""
+        return part(self.model, self._language_path)
 
-    @torch.no_grad()
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """(N, 3, height, width) -> (N, V, W)."""
-        return self.tower_states(pixels)
+    def role_parameters(self, role: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of a role, one of `ROLES`, by their names in the model; each belongs to one role."""
+        inner = {"projector": self.family.projector, "head": (self.family.head,)}
+        outer = {"vision_tower": self.family.vision_tower, "language_model": self._language_path}
+        for name, parameter in self.model.named_parameters():
+            owner = next((owner for owner, paths in inner.items() if _inside(name, paths)), None)
+            owner = owner or next((owner for owner, path in outer.items() if _inside(name, (path,))), None)
+            if owner == role:
+                yield name, parameter
 
-    def tower_states(self, pixels: Tensor) -> Tensor:
-        """As `encode_pixels`, with gradient: for training the tower itself."""
-        config = self.model.config
-        output = self.vision_tower(
-            pixel_values=pixels.to(self.device, next(self.vision_tower.parameters()).dtype),
-            output_hidden_states=True,
-        )
-        vision_NVW = output.hidden_states[config.vision_feature_layer]
-        drop_class_token = config.vision_feature_select_strategy == "default"
-        return vision_NVW[:, 1:] if drop_class_token else vision_NVW
+    def prepare(self, pictures: Sequence[Image.Image]) -> list[PreparedPicture]:
+        """Decoded pictures -> what this model takes of each."""
+        return self.vision.prepare(pictures)
 
-    def project(self, vision_NVW: Tensor) -> Tensor:
-        """(N, V, W) -> (N, V, D)."""
-        return self.projector(vision_NVW.to(self.device, self.dtype))
+    def see(self, pictures: PictureBatch, questions: Sequence[str] | None = None) -> Tensor | None:
+        """Visual tokens of all pictures, (sum of V, D), as `Vision.see`; None where there is no picture."""
+        return self.vision.see(pictures, questions) if len(pictures) else None
 
-    def embed(self, ids_BL: Tensor) -> Tensor:
-        """(B, L) -> (B, L, D)."""
-        return self.language_model.get_input_embeddings()(ids_BL)
+    def embed(self, packed: Packed, visual: Tensor | None = None, fused: Tensor | None = None) -> Embedded:
+        """Prompts with visual tokens (sum of V, D) and fused tokens (sum of T, D) at their places."""
+        words = self.model.get_input_embeddings()
+        mrope = self._root.get_rope_index if self.family.positions == "mrope" else None
+        return embed(words, packed, visual, fused, positions_of(packed, mrope))
 
-    def hidden(self, embeds_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        """Last hidden states after the final norm, (B, L, D); positions count unmasked tokens."""
-        positions_BL = (mask_BL.long().cumsum(1) - 1).clamp(min=0)
-        output = self.language_model(
-            inputs_embeds=embeds_BLD,
-            attention_mask=mask_BL,
-            position_ids=positions_BL,
-            use_cache=False,
-        )
-        return output.last_hidden_state
+    def read(self, prompts: Embedded, **more: Any) -> Any:
+        """The output of the language model's body: `last_hidden_state` (B, L, D), after the final norm.
+
+        Of an encoder-decoder it is the encoder, which does not see the answers that the loss counts.
+
+        Args:
+            more: for the body itself: a cache, or that all hidden states are wanted.
+        """
+        if self.family.decoder is not None:
+            mask_BL = prompts.mask_BL * ~prompts.answer_BL
+            return self.language_model(inputs_embeds=prompts.embeds_BLD, attention_mask=mask_BL, **more)
+        inputs = language_inputs(prompts, self.family.attends, self.language_model.config)
+        return self.language_model(**inputs, **{"use_cache": False} | more)
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """(..., D) -> (..., vocabulary)."""
-        return self.head(hidden_BLD)
+        logits = self.head(hidden_BLD)
+        cap = getattr(self.text_config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    @torch.no_grad()
-    def generate(self, embeds_BLD: Tensor, mask_BL: Tensor, max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuation of left-padded prompts; the end token and what follows it are cut."""
-        ids_BL = self.model.generate(
-            inputs_embeds=embeds_BLD,
+    def answer_nll(self, prompts: Embedded, packed: Packed) -> Tensor:
+        """Negative log-likelihood of each scored token, in the order of the prompts.
+
+        Only scored positions meet the vocabulary: the others would cost most of the memory for nothing.
+        """
+        if self.family.decoder is not None:
+            return self._decoder_nll(prompts, packed)
+        # Soft tokens before the prompt have no label.
+        hidden_BLD = self.read(prompts).last_hidden_state[:, -packed.labels_BL.shape[1] :]
+        labels = packed.labels_BL[:, 1:]
+        scored = labels != NOT_SCORED
+        logits = self.logits(hidden_BLD[:, :-1][scored])
+        return F.cross_entropy(logits.float(), labels[scored], reduction="none")
+
+    def decode(self, hidden_BLD: Tensor, mask_BL: Tensor, ids: Tensor, **more: Any) -> Any:
+        """The decoder of an encoder-decoder behind what its encoder made: `logits` at each of `ids`."""
+        return self.language_side(
+            encoder_outputs=BaseModelOutput(last_hidden_state=hidden_BLD),
             attention_mask=mask_BL,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            decoder_input_ids=ids,
+            **more,
         )
-        end = self.tokenizer.eos_token_id
-        answers = [row.tolist() for row in ids_BL]
-        return [ids[: ids.index(end)] if end in ids else ids for ids in answers]
+
+    def _decoder_nll(self, prompts: Embedded, packed: Packed) -> Tensor:
+        answers = [labels[labels != NOT_SCORED] for labels in packed.labels_BL]
+        follows_BL = packed.answer_BL.int().cumsum(1) > 0
+        if (follows_BL & packed.mask_BL.bool() & ~packed.answer_BL).any():
+            raise DataError(
+                "an encoder-decoder gives one answer, at the end of its prompt, but a turn before the last one "
+                "is scored: draw episodes with answers_scored 'last'"
+            )
+        targets = pad_sequence(answers, batch_first=True, padding_value=NOT_SCORED)
+        start = self.text_config.decoder_start_token_id
+        shifted = F.pad(targets, (1, 0), value=start)[:, :-1].clamp(min=0)
+        hidden_BLD = self.read(prompts).last_hidden_state
+        logits = self.decode(hidden_BLD, prompts.mask_BL * ~prompts.answer_BL, shifted).logits
+        scored = targets != NOT_SCORED
+        return F.cross_entropy(logits[scored].float(), targets[scored], reduction="none")
 
     def save(self, folder: Path) -> None:
-        """Write model and processor as Hugging Face does, 16-bit, in files that a forge accepts."""
+        """Write model and processor as Hugging Face does, 16-bit; small ones in files that a forge accepts."""
         folder.mkdir(parents=True, exist_ok=True)
         # Tied weights stay one tensor, or they would be written twice.
         halves: dict[int, Tensor] = {}
         weights = {
-            name: halves.setdefault(tensor.data_ptr(), tensor.detach().half())
+            name: halves.setdefault(tensor.data_ptr(), _sixteen_bits(tensor.detach()))
             for name, tensor in self.model.state_dict().items()
         }
-        self.model.config.dtype = torch.float16
-        self.model.save_pretrained(folder, state_dict=weights, max_shard_size=LARGEST_FILE)
+        small = sum(tensor.nbytes for tensor in weights.values()) < SMALL_MODEL
+        self.model.config.dtype = torch.float16 if self.dtype == torch.float32 else self.dtype
+        self.model.save_pretrained(
+            folder, state_dict=weights, max_shard_size=LARGEST_FILE if small else LARGE_FILE
+        )
         self.processor.save_pretrained(folder)
+
+    @property
+    def _language_path(self) -> str:
+        return (
+            self.family.language_model if self.family.root else self.family.language_model.rpartition(".")[0]
+        )
+
+    @property
+    def _root(self) -> Any:
+        return part(self.model, self.family.root) if self.family.root else self.model
+
+    def _blocks(self, module: nn.Module, path: str) -> nn.ModuleList:
+        blocks = part(module, path)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def _role_modules(self, role: str) -> Iterator[nn.Module]:
+        if role == "projector":
+            modules = dict(self.model.named_modules())
+            yield from (modules[path] for path in self.family.projector if path in modules)
+        else:
+            yield getattr(self, role)
+
+
+def _inside(name: str, paths: Sequence[str]) -> bool:
+    return any(name == path or name.startswith(f"{path}.") for path in paths)
+
+
+def _sixteen_bits(tensor: Tensor) -> Tensor:
+    return tensor.half() if tensor.dtype == torch.float32 else tensor
 
 
 def load_backbone(
@@ -164,15 +268,14 @@ def load_backbone(
         BackboneError: the folder is no such model, or its family is unknown.
     """
     identity = backbone_identity(folder)
+    # Left to itself, the library takes sdpa for each part that has it.
+    chosen = {} if attention == "sdpa" else {"attn_implementation": attention}
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention
-        )
-        processor = AutoProcessor.from_pretrained(folder)
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **chosen)
     # ImportError: a library that `attention` needs is not installed.
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise BackboneError(f"{folder} cannot be loaded as an image-text-to-text model: {error}") from error
-    return HuggingFaceBackbone(model.to(device), processor, identity=identity)
+    return HuggingFaceBackbone(model.to(device), load_processor(folder), identity=identity)
 
 
 def load_for_inference(folder: Path) -> HuggingFaceBackbone:

@@ -102,7 +102,7 @@ def start_projector(backbone: HuggingFaceBackbone, pictures: Sequence[Image.Imag
     By default their spread is 28 times that of the words.
     """
     parts = _residual_parts(seed)
-    vision_NVW = backbone.encode_pixels(backbone.pixels(pictures))
+    vision_NVW = torch.stack(backbone.vision.tower_states(backbone.prepare(pictures)))
     mean = vision_NVW.mean((0, 1))
     spread = (vision_NVW - mean).square().mean().sqrt()
     _, sizes, directions = torch.linalg.svd(vision_NVW.mean(1) - mean)
@@ -115,7 +115,7 @@ def start_projector(backbone: HuggingFaceBackbone, pictures: Sequence[Image.Imag
     nn.init.zeros_(second.weight)
     second.weight[:, :kept] = parts.content
     nn.init.zeros_(second.bias)
-    tokens = backbone.project(vision_NVW)
+    tokens = backbone.projector(vision_NVW)
     middle = tokens.mean((0, 1))
     length = (tokens - middle).square().sum(-1).mean().sqrt()
     second.weight.mul_(EMBEDDING_SPREAD * SHARED_LENGTH / length)

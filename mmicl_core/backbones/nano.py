@@ -29,6 +29,7 @@ from transformers import (
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.induction import HEADS, WIDTH, start_language_model
+from mmicl_core.backbones.vision import join
 
 __all__ = ["build_nano", "whiten_patches"]
 
@@ -124,7 +125,7 @@ def whiten_patches(backbone: HuggingFaceBackbone, pictures: Sequence[Image.Image
     patches spares the tower the first passes (whitening as in Page, "How to train your ResNet 8", 2018).
     """
     layer = backbone.vision_tower.embeddings.patch_embedding
-    pixels = backbone.pixels(pictures)
+    pixels = join(backbone.prepare(pictures)).inputs["pixel_values"]
     patches = pixels.unfold(2, PATCH_PIXELS, PATCH_PIXELS).unfold(3, PATCH_PIXELS, PATCH_PIXELS)
     rows = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, layer.weight[0].numel())
     _, spread, directions = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmicl_core.config.base import Config
 
-__all__ = ["AimConfig", "BackboneConfig", "LclConfig", "MethodConfig", "SupConConfig"]
+__all__ = [
+    "AimConfig",
+    "BackboneConfig",
+    "LclConfig",
+    "LoraConfig",
+    "M2ptConfig",
+    "MethodConfig",
+    "MmictConfig",
+    "MtvConfig",
+    "PromptTuningConfig",
+    "SupConConfig",
+]
 
 
 class BackboneConfig(Config):
@@ -27,21 +38,176 @@ class AimConfig(Config):
 
     type: Literal["aim"] = "aim"
 
+    layer: int | None = None
+    """Layer that states are read from: 0 are the embeddings, n what layer n gave, -1 the last, None the last
+    after the final norm. The paper leaves it open."""
+
+    text: Literal["all", "answer"] = "all"
+    """Which text of a demonstration is fused: all of it, or its answer alone. The abstract allows both."""
+
     layer_norm: bool = True
     """LayerNorm after the projection, as in the same author's SelfCP; the paper leaves it open."""
 
+    initial: Literal["identity", "random"] = "identity"
+    """How the projection begins; the paper leaves it open."""
+
+    separator: str = ""
+    """Text between fused demonstrations; the paper shows none."""
+
     start: str | None = None
-    """Folder of an aggregator to start from; none starts from the identity."""
+    """Folder of an adapter to start from."""
+
+
+class MmictConfig(Config):
+    """MMICT: demonstrations and query through one M-Hub, an instructed Q-Former (arXiv:2312.06363)."""
+
+    type: Literal["mmict"] = "mmict"
+
+    demonstrations: Literal["image_text", "text", "image", "none"] = "image_text"
+    """What of a demonstration reaches the language model: its text as guided by its picture (the paper's), its
+    text unguided, its picture's queries alone, or nothing."""
+
+    queries: int = Field(default=32, ge=1)
+    """Learnt queries, and so visual tokens of a query's picture."""
+
+    width: int = Field(default=768, ge=1)
+    """Width of the hub."""
+
+    layers: int = Field(default=12, ge=1)
+    """Layers of the hub; every second one, from the first, looks at the picture."""
+
+    heads: int = Field(default=12, ge=1)
+    """Attention heads of the hub."""
+
+    hidden: int = Field(default=3072, ge=1)
+    """Width inside the hub's feed-forward layers."""
+
+    longest_text: int = Field(default=128, ge=1)
+    """Tokens that the hub reads of a text; what is longer is cut, and counted."""
+
+    start: str | None = None
+    """Folder to start from: an adapter, or a BLIP-2 or InstructBLIP model whose Q-Former the hub becomes."""
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+        return self
+
+
+class M2ptConfig(Config):
+    """M2PT: prompts in every layer of vision tower and language model (arXiv:2409.15657)."""
+
+    type: Literal["m2pt"] = "m2pt"
+
+    preset: Literal["clean", "released"] = "clean"
+    """`released` does what the released code does: the first visual prompt of the last set is lost, the class
+    token reaches the language model, and the head is trained too."""
+
+    visual_prompts: int = Field(default=10, ge=0)
+    """Prompts in each layer of the vision tower."""
+
+    textual_prompts: int = Field(default=10, ge=0)
+    """Prompts in each layer of the language model."""
+
+    train_projector: bool = True
+    """Train the projector, the paper's cross-modality interaction."""
+
+    train_head: bool = False
+    """Train the head over the vocabulary, which the paper's 0.09 % leave out."""
+
+    start: str | None = None
+    """Folder of an adapter to start from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _released_trains_the_head(cls, given: dict[str, object]) -> dict[str, object]:
+        if isinstance(given, dict) and given.get("preset") == "released":
+            return {"train_head": True, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _has_something_to_train(self) -> Self:
+        if not self.visual_prompts and not self.textual_prompts:
+            raise ValueError(
+                "visual_prompts (0) and textual_prompts (0) leave no prompt to train: set one of them"
+            )
+        return self
 
 
 class LclConfig(Config):
-    """Link-context learning: the language model itself learns to follow demonstrations."""
+    """Link-context learning: the language model itself learns to follow demonstrations (arXiv:2308.07891)."""
 
     type: Literal["lcl"] = "lcl"
 
     train_vision_tower: bool = False
-    """Train the vision tower as well. Its output then changes with every step and is kept nowhere: a step
-    costs the tower for every picture of every episode."""
+    """Train the vision tower as well; the paper freezes it."""
+
+    lora_rank: int = Field(default=0, ge=0)
+    """Rank of updates to the language model's matrices; 0 trains all of its weights, as the paper does."""
+
+    lora_alpha: int = Field(default=32, ge=1)
+    """Scale of the updates, divided by their rank."""
+
+    longest_turn: int = Field(default=2048, ge=1)
+    """Text tokens of a turn; what is longer is cut, turn by turn, and counted. A prompt may be longer."""
+
+
+class LoraConfig(Config):
+    """Low-rank updates of the language model's matrices (arXiv:2106.09685): a baseline."""
+
+    type: Literal["lora"] = "lora"
+
+    rank: int = Field(default=8, ge=1)
+    """Rank of each update."""
+
+    alpha: int = Field(default=16, ge=1)
+    """Scale of the updates, divided by their rank."""
+
+    targets: tuple[str, ...] = ()
+    """Names of the matrices that are updated; none takes all of the language model's linear layers."""
+
+    start: str | None = None
+    """Folder of an adapter to start from."""
+
+
+class PromptTuningConfig(Config):
+    """Soft tokens before every prompt (arXiv:2104.08691): a baseline."""
+
+    type: Literal["prompt_tuning"] = "prompt_tuning"
+
+    tokens: int = Field(default=20, ge=1)
+    """Soft tokens."""
+
+    initial: Literal["vocabulary", "random"] = "vocabulary"
+    """How they begin: as embeddings of words drawn from the vocabulary, or at random."""
+
+    start: str | None = None
+    """Folder of an adapter to start from."""
+
+
+class MtvConfig(Config):
+    """Multimodal task vectors (arXiv:2406.15334): a baseline without training of weights."""
+
+    type: Literal["mtv"] = "mtv"
+
+    prompts: int = Field(default=100, ge=1)
+    """Prompts of demonstrations over which activations are averaged."""
+
+    shots: int = Field(default=4, ge=1)
+    """Demonstrations of each of these prompts."""
+
+    steps: int = Field(default=600, ge=1)
+    """Steps of the search for heads by REINFORCE."""
+
+    samples: int = Field(default=32, ge=1)
+    """Sets of heads that are drawn in a step."""
+
+    learning_rate: float = Field(default=0.1, gt=0)
+    """Adam's learning rate in that search."""
+
+    start: str | None = None
+    """Folder of an adapter to start from."""
 
 
 class SupConConfig(Config):
@@ -71,4 +237,14 @@ class SupConConfig(Config):
     """Side of the square that the teacher sees."""
 
 
-MethodConfig = Annotated[AimConfig | LclConfig | SupConConfig, Field(discriminator="type")]
+MethodConfig = Annotated[
+    AimConfig
+    | MmictConfig
+    | M2ptConfig
+    | LclConfig
+    | LoraConfig
+    | PromptTuningConfig
+    | MtvConfig
+    | SupConConfig,
+    Field(discriminator="type"),
+]

@@ -21,8 +21,8 @@ class ServeConfig(Config):
     model_name: str = "nano"
     """The `model` that requests name."""
 
-    aggregator: str = "embedded:nano_aim"
-    """Folder of the trained aggregator."""
+    adapter: str = "embedded:nano_aim"
+    """Folder of the trained AIM adapter."""
 
     compressor_replicas: int = Field(default=1, ge=1)
     """Processes that turn demonstrations into fused tokens."""

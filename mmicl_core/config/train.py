@@ -9,9 +9,20 @@ from pydantic import Field, model_validator
 from mmicl_core.config.base import Config
 from mmicl_core.config.episodes import Part
 
-__all__ = ["Condition", "EvaluateConfig", "TrainConfig"]
+__all__ = ["ADAPTED", "Condition", "EvaluateConfig", "TrainConfig"]
 
-Condition = Literal["zero_shot", "full", "fused", "swapped", "true_name"]
+Condition = Literal[
+    "zero_shot",
+    "full",
+    "swapped",
+    "true_name",
+    "adapted_zero_shot",
+    "adapted",
+    "adapted_swapped",
+    "mixed",
+]
+ADAPTED: tuple[Condition, ...] = ("adapted_zero_shot", "adapted", "adapted_swapped", "mixed")
+"""Conditions that ask the model with its adapter."""
 
 
 class TrainConfig(Config):
@@ -92,12 +103,14 @@ class EvaluateConfig(Config):
     part: Part = "held_out_concepts"
     """Pictures that the queries come from."""
 
-    conditions: tuple[Condition, ...] = ("zero_shot", "full", "fused", "swapped")
-    """What the model is shown: nothing, full demonstrations, fused ones, or names swapped; `true_name`
-    shows nothing and asks what the model knows the picture as."""
+    conditions: tuple[Condition, ...] = ("zero_shot", "full", "adapted", "swapped")
+    """What the model is shown: nothing, full demonstrations, or these with the two names swapped; `true_name`
+    shows nothing and asks what the model knows the picture as. With an adapter: `adapted_zero_shot`, `adapted`
+    and `adapted_swapped`, the same as the adapter takes demonstrations, and `mixed`, all but the last of them
+    so."""
 
-    aggregator: str | None = "embedded:nano_aim"
-    """Folder of the aggregator behind `fused`."""
+    adapter: str | None = "embedded:nano_aim"
+    """Folder of the adapter behind the adapted conditions."""
 
     max_new_tokens: int = Field(default=12, ge=1)
     """Tokens of an answer, greedily chosen, before it is cut."""
@@ -112,10 +125,10 @@ class EvaluateConfig(Config):
     """Seeds the episodes."""
 
     @model_validator(mode="after")
-    def _fused_has_an_aggregator(self) -> Self:
-        if "fused" in self.conditions and self.aggregator is None:
+    def _adapted_has_an_adapter(self) -> Self:
+        if self.adapter is None and any(condition in ADAPTED for condition in self.conditions):
             raise ValueError(
-                f"conditions {list(self.conditions)} ask for fused demonstrations, but aggregator is "
-                "None: name the folder of one, or leave fused out"
+                f"conditions {list(self.conditions)} ask the model with its adapter, but adapter is None: name "
+                f"the folder of one, or leave {', '.join(ADAPTED)} out"
             )
         return self

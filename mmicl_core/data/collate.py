@@ -1,19 +1,20 @@
 """Prompts -> tensors: the only place that pads.
 
-Shapes: B prompts of at most L tokens. A picture takes V positions, a demonstration's fused tokens as
-many as it had text tokens.
+Shapes: B prompts of at most L tokens. A picture takes the positions that its model gives it, a
+demonstration's fused tokens as many as it had text tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmicl_core.data.pictures import VISUAL, PreparedPicture
 from mmicl_core.prompts import Prompt
 
 __all__ = ["NOT_SCORED", "Packed", "pack"]
@@ -26,61 +27,92 @@ class Packed:
     """Prompts of one batch, side by side."""
 
     ids_BL: Tensor
-    """Token ids; the padding id under pictures, fused tokens and padding."""
+    """Token ids; the padding id under visual tokens, fused tokens and padding."""
     mask_BL: Tensor
     """1 where there is a token."""
     image_BL: Tensor
-    """True where a picture's visual tokens go, prompt after prompt."""
+    """True where visual tokens go, prompt after prompt."""
     fused_BL: Tensor
     """True where fused tokens go, prompt after prompt."""
+    text_BL: Tensor
+    """True where there is text of a turn or of the prefix, and not what a model writes around pictures."""
     labels_BL: Tensor
     """Token ids where the loss counts, `NOT_SCORED` elsewhere."""
+    grids_N3: Tensor
+    """Frames, rows and columns of each picture, in the order of the prompts; (0, 3) where no model asks."""
 
     @property
     def num_scored(self) -> int:
         """Tokens that the loss counts."""
         return int((self.labels_BL != NOT_SCORED).sum())
 
+    @property
+    def answer_BL(self) -> Tensor:
+        """True where the loss counts."""
+        return self.labels_BL != NOT_SCORED
+
     def to(self, device: torch.device) -> Packed:
         """The same on a device."""
-        return Packed(*(tensor.to(device) for tensor in vars(self).values()))
+        return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+@dataclass
+class _Row:
+    ids: list[int]
+    image: list[bool]
+    fused: list[bool]
+    text: list[bool]
+    labels: list[int]
 
 
 def pack(
     prompts: Sequence[Prompt],
     *,
-    visual_tokens: int,
-    fused_tokens: Sequence[Sequence[int]] = (),
+    pictures: Iterable[PreparedPicture] = (),
+    fused_tokens: Iterable[int] = (),
     padding_id: int,
     side: Literal["left", "right"] = "right",
 ) -> Packed:
     """Lay prompts out in rows of equal length.
 
     Args:
-        visual_tokens: V.
-        fused_tokens: for each prompt, the length of each demonstration, in the order of its pieces.
+        pictures: those of all prompts, in their order.
+        fused_tokens: the length of each demonstration in the order of the pieces of all prompts.
         padding_id: fills what is not text.
         side: `right` pads for training, `left` for generation.
     """
+    given, lengths = list(pictures), iter(fused_tokens)
+    order = iter(given)
     rows = []
-    for number, prompt in enumerate(prompts):
-        lengths = iter(fused_tokens[number] if fused_tokens else ())
-        ids: list[int] = []
-        image: list[bool] = []
-        fused: list[bool] = []
-        labels: list[int] = []
+    for prompt in prompts:
+        row = _Row([], [], [], [], [])
         for piece in prompt:
-            text = piece.kind == "text"
-            count = len(piece.ids) if text else visual_tokens if piece.kind == "image" else next(lengths)
-            ids += piece.ids if text else [padding_id] * count
-            image += [piece.kind == "image"] * count
-            fused += [piece.kind == "fused"] * count
-            labels += piece.ids if piece.scored else [NOT_SCORED] * count
-        rows.append((ids, [1] * len(ids), image, fused, labels))
-    longest = max(len(ids) for ids, *_ in rows)
-    columns = zip(*rows, strict=True)
-    fills = (padding_id, 0, False, False, NOT_SCORED)
-    return Packed(*(_pad(column, longest, fill, side) for column, fill in zip(columns, fills, strict=True)))
+            if piece.kind == "text":
+                ids: Sequence[int] = piece.ids
+            else:
+                ids = next(order).ids if piece.kind == "image" else [VISUAL] * next(lengths)
+            row.ids += [padding_id if token == VISUAL else token for token in ids]
+            row.image += [piece.kind == "image" and token == VISUAL for token in ids]
+            row.fused += [piece.kind == "fused"] * len(ids)
+            row.text += [piece.kind == "text"] * len(ids)
+            row.labels += ids if piece.scored else [NOT_SCORED] * len(ids)
+        rows.append(row)
+    longest = max(len(row.ids) for row in rows)
+    fills = {"ids": padding_id, "image": False, "fused": False, "text": False, "labels": NOT_SCORED}
+    padded = {
+        name: _pad([vars(row)[name] for row in rows], longest, fill, side) for name, fill in fills.items()
+    }
+    mask_BL = _pad([[1] * len(row.ids) for row in rows], longest, 0, side)
+    grids = [picture.grid for picture in given if picture.grid]
+    return Packed(
+        padded["ids"],
+        mask_BL,
+        padded["image"],
+        padded["fused"],
+        padded["text"],
+        padded["labels"],
+        torch.tensor(grids, dtype=torch.long).reshape(-1, 3),
+    )
 
 
 def _pad(rows: Sequence[Sequence[int]], longest: int, fill: int, side: str) -> Tensor:

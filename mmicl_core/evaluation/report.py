@@ -14,8 +14,8 @@ __all__ = ["CONDITION_LABELS", "ShownEpisode", "accuracy_table", "render_report"
 CONDITION_LABELS = {
     "zero_shot": "no demonstrations",
     "full": "full demonstrations",
-    "fused": "fused, aggregator just trained",
-    "fused_shipped": "fused, shipped aggregator",
+    "adapted": "fused, adapter just trained",
+    "shipped": "fused, shipped adapter",
     "swapped": "full, the two names swapped",
 }
 
@@ -49,8 +49,8 @@ def render_report(report: Mapping[str, Any], episode: ShownEpisode) -> str:
     """The page as HTML, pictures inside."""
     evaluation, tokens = report["evaluation"], report["tokens"]
     shots = evaluation["shots_per_class"]
-    prompt = {kind: 2 * shots * tokens[f"demonstration_{kind}"] for kind in ("full", "fused")}
-    ratio = tokens["demonstration_full"] / tokens["demonstration_fused"]
+    prompt = {kind: 2 * shots * tokens[f"demonstration_{kind}"] for kind in ("full", "adapted")}
+    ratio = tokens["demonstration_full"] / tokens["demonstration_adapted"]
     bars = [
         _accuracy_bar(CONDITION_LABELS[name], evaluation[name])
         for name in CONDITION_LABELS
@@ -93,7 +93,8 @@ def _accuracy_bar(label: str, score: Mapping[str, float]) -> Bar:
 
 def _token_bars(prompt: Mapping[str, float]) -> list[Bar]:
     most = max(prompt.values())
-    return [Bar(f"{kind} demonstrations", tokens / most, f"{tokens:.0f}") for kind, tokens in prompt.items()]
+    labels = {"full": "full demonstrations", "adapted": "fused demonstrations"}
+    return [Bar(labels[kind], tokens / most, f"{tokens:.0f}") for kind, tokens in prompt.items()]
 
 
 def _facts(report: Mapping[str, Any]) -> dict[str, str]:

@@ -1,29 +1,38 @@
-"""What every method is: a module around a backbone that scores the answers of a batch.
+"""What every method is: a way to lay conversations out for a backbone, and what of it is trained.
 
-A method turns rows (episodes or pictures) into a batch, gives the negative log-likelihood of every
-scored token, and saves what it trained. Nothing here knows how gradients are taken or where.
+A method turns rows (episodes, or pictures) into a batch, and a batch into what the language model reads. The
+loss is the same for all of them: the negative log-likelihood of the tokens that are scored. Nothing here
+knows how gradients are taken or where.
+
+    rows --collate--> batch --embed--> prompts --backbone--> likelihood of answers, or answers
+
+A new method overrides `collate` and `embed`, or only one of them, and says which parameters it owns.
 """
 
 from __future__ import annotations
 
 import random
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
-import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
-from mmicl_core.data.collate import NOT_SCORED, Packed
-from mmicl_core.prompts import ChatFormat, Turn
+from mmicl_core.backbones.language import Embedded
+from mmicl_core.backbones.vision import PictureBatch, join
+from mmicl_core.data.collate import Packed, pack
+from mmicl_core.data.pictures import PreparedPicture
+from mmicl_core.methods.adapter import save_parameters
+from mmicl_core.prompts import Prompt, Turn, count_text
 
-__all__ = ["Batch", "Lookup", "Method", "answer_nll", "episode_turns", "prompt_embeddings", "stack"]
+__all__ = ["Batch", "Method", "Pictures", "Plain", "PromptBatch", "Side", "States", "episode_turns"]
 
-PIXEL_AXES = 4
+Pictures = Mapping[str, PreparedPicture]
+"""Pictures by key, with pixels or with what a frozen part made of them."""
+Side = Literal["left", "right"]
 
 
 class Batch(Protocol):
@@ -35,12 +44,27 @@ class Batch(Protocol):
         ...
 
 
-class Lookup(Protocol):
-    """Features or pixels by key: an `ArrayStore`, or a dict."""
+class States(Protocol):
+    """Frozen states by key: an `ArrayStore`, or a dict."""
 
     def __getitem__(self, key: str) -> Any:
         """The array of a key."""
         ...
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts with their pictures."""
+
+    packed: Packed
+    pictures: PictureBatch
+    questions: tuple[str, ...]
+    """What is asked about each picture."""
+
+    @property
+    def num_scored(self) -> int:
+        """Answer tokens."""
+        return self.packed.num_scored
 
 
 class Method(nn.Module, ABC):
@@ -48,22 +72,64 @@ class Method(nn.Module, ABC):
 
     reads: ClassVar[Literal["episodes", "pictures"]] = "episodes"
     """What one row of training data is."""
-    needs_states: ClassVar[bool] = False
-    """Whether the frozen states of every demonstration are computed before training."""
+    takes: ClassVar[Literal["pixels", "visual_tokens", "tower_states"]] = "visual_tokens"
+    """What pictures are to it: what frozen parts make of them is computed once and kept."""
+    changes_backbone: ClassVar[bool] = False
+    """Whether what it trains lies inside the backbone, which then is no longer the plain one."""
+    config: Any
+    """Its settings."""
 
     def __init__(self, backbone: HuggingFaceBackbone) -> None:
         super().__init__()
         self.backbone = backbone
-        self.chat = ChatFormat(backbone.processor)
+        self.chat = backbone.chat
 
-    @abstractmethod
-    def collate(self, rows: Sequence[Mapping[str, Any]], features: Lookup, states: Lookup | None) -> Batch:
-        """Rows -> a batch.
+    def collate(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        pictures: Pictures,
+        states: States | None,
+        side: Side = "right",
+    ) -> Any:
+        """Rows -> a batch: of episodes, every turn written out.
 
         Args:
-            features: of each picture vision-tower output, or pixels where that is not kept.
             states: frozen states by demonstration; None where they were not kept, or are not needed.
+            side: `right` pads for training, `left` for answers; the query of a row to be answered has none.
         """
+        turns = [episode_turns(row) for row in rows]
+        return self.lay_out(
+            [self.chat.conversation(conversation) for conversation in turns], turns, pictures, side
+        )
+
+    def embed(self, batch: Any) -> Embedded:
+        """A batch as the language model takes it."""
+        packed = batch.packed.to(self.backbone.device)
+        return self.backbone.embed(packed, self.backbone.see(batch.pictures, batch.questions))
+
+    def forward(self, batch: Any) -> Tensor:
+        """Negative log-likelihood of every scored target of a batch, one vector."""
+        return self.backbone.answer_nll(self.embed(batch), batch.packed.to(self.backbone.device))
+
+    def lay_out(
+        self, prompts: Sequence[Prompt], turns: Sequence[Sequence[Turn]], pictures: Pictures, side: Side
+    ) -> PromptBatch:
+        """Prompts without fused tokens, with the pictures of the turns that they write out."""
+        shown = [
+            (key, turn.question) for conversation in turns for turn in conversation for key in turn.pictures
+        ]
+        prepared = [pictures[key] for key, _ in shown]
+        packed = pack(prompts, pictures=prepared, padding_id=self.padding_id, side=side)
+        return PromptBatch(packed, join(prepared), tuple(question for _, question in shown))
+
+    @property
+    def padding_id(self) -> int:
+        """Fills what is no text."""
+        return int(self.backbone.tokenizer.pad_token_id)
+
+    def demonstration_tokens(self, turn: Turn, pictures: Pictures) -> int:
+        """Positions of a prompt that one demonstration takes."""
+        return count_text(self.chat.turn(turn)) + sum(len(pictures[key].ids) for key in turn.pictures)
 
     def epoch_order(self, rows: Sequence[Mapping[str, Any]], epoch: int, seed: int) -> list[int]:
         """The order in which one pass reads its rows; each pass after the first is shuffled.
@@ -80,60 +146,31 @@ class Method(nn.Module, ABC):
             random.Random(f"{seed}/order/{epoch}").shuffle(runs)
         return [number for run in runs for number in run]
 
-    @abstractmethod
-    def forward(self, batch: Any) -> Tensor:
-        """Negative log-likelihood of every scored target of a batch, one vector."""
+    def save(self, folder: Path, about: Mapping[str, Any]) -> None:
+        """Write what was trained, in the form that is used afterwards.
 
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write what was trained, in the form that is used afterwards."""
+        Args:
+            about: remembered beside: the backbone's name, the revision of the code, metrics.
+        """
+        save_parameters(self, folder, about)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
+class Plain(Method):
+    """Demonstrations written out in full before a frozen model: what every method is compared with."""
+
+
 def episode_turns(row: Mapping[str, Any]) -> list[Turn]:
     """The turns of an EPISODE row."""
-    return [Turn(turn["picture"], turn["question"], turn["answer"], turn["scored"]) for turn in row["turns"]]
-
-
-def stack(features: Lookup, keys: Sequence[str | None]) -> Tensor:
-    """Look N pictures up: (N, V, W), or (N, 3, height, width) where pixels are kept."""
-    return torch.from_numpy(np.stack([features[str(key)] for key in keys]))
-
-
-def prompt_embeddings(
-    backbone: HuggingFaceBackbone,
-    packed: Packed,
-    pictures: Tensor,
-    fused_TD: Sequence[Tensor] = (),
-) -> Tensor:
-    """Input embeddings of a batch: text by id, pictures and fused tokens at their places, (B, L, D).
-
-    Args:
-        pictures: in the order of the prompts, vision-tower output (N, V, W) where that is kept, or pixels
-            (N, 3, height, width).
-        fused_TD: fused tokens of the demonstrations, in the order of the prompts.
-    """
-    embeds_BLD = backbone.embed(packed.ids_BL)
-    if len(pictures):
-        vision_NVW = backbone.tower_states(pictures) if pictures.ndim == PIXEL_AXES else pictures
-        image_NVD = backbone.project(vision_NVW).to(embeds_BLD.dtype)
-        embeds_BLD = embeds_BLD.masked_scatter(packed.image_BL[..., None], image_NVD)
-    if fused_TD:
-        fused = torch.cat(list(fused_TD)).to(embeds_BLD.dtype)
-        embeds_BLD = embeds_BLD.masked_scatter(packed.fused_BL[..., None], fused)
-    return embeds_BLD
-
-
-def answer_nll(backbone: HuggingFaceBackbone, embeds_BLD: Tensor, packed: Packed) -> Tensor:
-    """Negative log-likelihood of each scored token, in the order of the prompts.
-
-    Only scored positions meet the vocabulary: the others would cost most of the memory for nothing.
-    """
-    hidden_BLD = backbone.hidden(embeds_BLD, packed.mask_BL)
-    labels = packed.labels_BL[:, 1:]
-    scored = labels != NOT_SCORED
-    logits = backbone.logits(hidden_BLD[:, :-1][scored])
-    return F.cross_entropy(logits.float(), labels[scored], reduction="none")
+    return [
+        Turn(
+            () if turn["picture"] is None else (turn["picture"],),
+            turn["question"],
+            turn["answer"],
+            turn["scored"],
+        )
+        for turn in row["turns"]
+    ]

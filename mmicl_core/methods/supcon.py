@@ -29,7 +29,7 @@ from mmicl_core.config.model import SupConConfig
 from mmicl_core.data.augment import augment
 from mmicl_core.data.files import file_digest
 from mmicl_core.errors import CheckpointError
-from mmicl_core.methods.base import Lookup, Method, stack
+from mmicl_core.methods.base import Method, Pictures, Side, States
 
 __all__ = ["SupCon", "SupConBatch", "load_vision_tower", "tower_identity"]
 
@@ -57,9 +57,10 @@ class SupCon(Method):
 
     def __init__(self, backbone: HuggingFaceBackbone, config: SupConConfig) -> None:
         super().__init__(backbone)
-        backbone.vision_tower.requires_grad_(requires_grad=True)
+        for _, parameter in backbone.role_parameters("vision_tower"):
+            parameter.requires_grad_()
         width = backbone.vision_width
-        self._config = config
+        self.config = config
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.embedding_width))
         if config.teacher is not None:
             self.student = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.teacher_width))
@@ -84,33 +85,38 @@ class SupCon(Method):
         for group in groups:
             rng.shuffle(group)
             line += group
-        length = self._config.pairs_in_a_row
+        length = self.config.pairs_in_a_row
         runs = [line[start : start + length] for start in range(0, len(line) - length + 1, length)]
         rng.shuffle(runs)
         return [number for run in runs for pair in run for number in pair]
 
     def collate(
-        self, rows: Sequence[Mapping[str, Any]], features: Lookup, states: Lookup | None
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        pictures: Pictures,
+        states: States | None,
+        side: Side = "right",
     ) -> SupConBatch:
-        """Prepared `pixels` of each row -> augmented ones; `features` hold the teacher's view, if any."""
-        pixels = torch.stack([torch.from_numpy(row["pixels"]) for row in rows])
+        """Prepared `pixels` of each row -> augmented ones; `states` hold the teacher's view, if any."""
+        pixels = torch.cat([row["pixels"] for row in rows])
         # A picture looks different at every visit, and the same at that visit in every run.
         generator = torch.Generator().manual_seed(hash(tuple(row["visit"] for row in rows)))
         numbers: dict[str, int] = {}
         concepts = [numbers.setdefault(row["concept"], len(numbers)) for row in rows]
         teacher = None
-        if self._config.teacher is not None:
-            teacher = stack(features, [row["picture"] for row in rows]).float()
+        if states is not None:
+            # Arrays are mapped from disk, read-only, which torch insists on copying.
+            teacher = torch.stack([torch.tensor(states[row["picture"]]) for row in rows]).float()
         return SupConBatch(augment(pixels, generator), torch.tensor(concepts), teacher)
 
     def forward(self, batch: SupConBatch) -> Tensor:
         """Contrastive loss of each picture, plus its distance from the teacher, (N,)."""
-        pooled_NW = self.backbone.tower_states(batch.pixels).mean(1)
+        pooled_NW = self.backbone.vision.tower_states_of(batch.pixels).mean(1)
         concepts = batch.concepts.to(pooled_NW.device)
         itself = torch.eye(len(concepts), dtype=torch.bool, device=pooled_NW.device)
         partner = (concepts[:, None] == concepts[None]) & ~itself
         embedding = F.normalize(self.head(pooled_NW), dim=1)
-        likeness = (embedding @ embedding.T / self._config.temperature).masked_fill(itself, -torch.inf)
+        likeness = (embedding @ embedding.T / self.config.temperature).masked_fill(itself, -torch.inf)
         log_chance = likeness.log_softmax(dim=1).masked_fill(~partner, 0)
         loss = -log_chance.sum(1) / partner.sum(1).clamp(min=1)
         if batch.teacher is not None:
@@ -118,10 +124,10 @@ class SupCon(Method):
             teacher = batch.teacher.to(pooled_NW.device)
             teacher = teacher - teacher.mean(0)
             cosine = F.cosine_similarity(self.student(pooled_NW), teacher, dim=1)
-            loss = loss + self._config.teacher_weight * (1 - cosine)
+            loss = loss + self.config.teacher_weight * (1 - cosine)
         return loss
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, about: Mapping[str, Any]) -> None:
         """Write the vision tower's weights alone."""
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.backbone.vision_tower.state_dict()

@@ -63,7 +63,7 @@ def build(run: RunConfig) -> Application:
     options = _options(config)
     compressor = serve.deployment(name="compressor", num_replicas=config.compressor_replicas, **options)(
         Compressor
-    ).bind(backbone, resolve(config.aggregator), Path(config.bank).absolute(), config.max_image_pixels)
+    ).bind(backbone, resolve(config.adapter), Path(config.bank).absolute(), config.max_image_pixels)
     generator = serve.deployment(name="generator", num_replicas=config.generator_replicas, **options)(
         Generator
     ).bind(backbone, config.max_image_pixels)

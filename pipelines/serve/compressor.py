@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from mmicl_core.bank import Bank, Demonstration, Fused, Pack, PackEntry
-from mmicl_core.errors import BankError, DataError
-from mmicl_core.methods.aim import Aggregator, aggregator_identity, read_demonstrations
-from mmicl_core.prompts import Turn, count_tokens
+from mmicl_core.errors import BankError, CheckpointError, DataError
+from mmicl_core.data.pictures import PreparedPicture
+from mmicl_core.methods import load_method
+from mmicl_core.methods.adapter import adapter_identity
+from mmicl_core.methods.aim import Aim
+from mmicl_core.prompts import Turn, count_text
 from pipelines.serve.replica import Replica
 
 __all__ = ["Compressor"]
@@ -28,18 +31,29 @@ class Compressor(Replica):
 
     Args:
         backbone: folder of the model.
-        aggregator: folder of the projection trained for it.
+        adapter: folder of the AIM adapter trained for it.
         bank: folder of the packs.
         max_image_pixels: largest picture, decoded.
 
     Raises:
-        CheckpointError: the aggregator was trained for another model.
+        CheckpointError: the adapter was trained for another model, or is none of AIM.
     """
 
-    def __init__(self, backbone: Path, aggregator: Path, bank: Path, max_image_pixels: int) -> None:
+    def __init__(self, backbone: Path, adapter: Path, bank: Path, max_image_pixels: int) -> None:
         super().__init__(backbone, max_image_pixels)
-        self._aggregator = Aggregator.load(aggregator, self.backbone)
-        self._bank = Bank(bank, backbone=self.backbone.identity, aggregator=aggregator_identity(aggregator))
+        method = load_method(adapter, self.backbone)
+        if not isinstance(method, Aim):
+            raise CheckpointError(
+                f"the adapter in {adapter} is of method {method.config.type!r}, but demonstrations are fused by "
+                "'aim': name the folder of an AIM adapter in serve.adapter"
+            )
+        self._aim = method
+        self._bank = Bank(
+            bank,
+            backbone=self.backbone.identity,
+            template=self.chat.example,
+            adapter=adapter_identity(adapter),
+        )
 
     async def register(self, demonstrations: Sequence[Demonstration]) -> PackEntry:
         """Fuse and store; what the bank holds already is not read again.
@@ -75,13 +89,22 @@ class Compressor(Replica):
         tokens_full: list[int] = []
         for start in range(0, len(demonstrations), DEMONSTRATIONS_AT_ONCE):
             group = demonstrations[start : start + DEMONSTRATIONS_AT_ONCE]
-            tokens_full += [self._full_tokens(_turn(demonstration)) for demonstration in group]
-            fused += self._fuse(group)
+            turns, pictures = self._read(group)
+            tokens_full += [self._full_tokens(turn, pictures) for turn in turns]
+            fused += self._fuse(turns, pictures)
         return self._bank.put(demonstrations, fused, tokens_full)
 
-    def _full_tokens(self, turn: Turn) -> int:
-        tokens, _ = count_tokens(self.chat.turn(turn), self.backbone.visual_tokens)
-        prefix, _ = count_tokens(self.chat.prefix(), self.backbone.visual_tokens)
+    def _read(self, demonstrations: Sequence[Demonstration]) -> tuple[list[Turn], dict[str, PreparedPicture]]:
+        turns, images = list[Turn](), dict[str, bytes]()
+        for number, demonstration in enumerate(demonstrations):
+            keys = tuple(f"{number}.{place}" for place in range(len(demonstration.images)))
+            images |= zip(keys, demonstration.images, strict=True)
+            turns.append(Turn(keys, demonstration.question, demonstration.answer))
+        return turns, self.prepare(images)
+
+    def _full_tokens(self, turn: Turn, pictures: Mapping[str, PreparedPicture]) -> int:
+        tokens = count_text(self.chat.turn(turn)) + sum(len(pictures[key].ids) for key in turn.pictures)
+        prefix = count_text(self.chat.prefix())
         if prefix + tokens > self.context_length:
             raise DataError(
                 f"a demonstration takes {prefix + tokens} tokens, the model reads {self.context_length}: "
@@ -90,12 +113,6 @@ class Compressor(Replica):
         return tokens
 
     @torch.no_grad()
-    def _fuse(self, demonstrations: Sequence[Demonstration]) -> list[Fused]:
-        turns = [_turn(demonstration) for demonstration in demonstrations]
-        vision_NVW = self.vision([demonstration.image for demonstration in demonstrations])
-        states_TD = read_demonstrations(self.backbone, self.chat, turns, vision_NVW)
-        return [self._aggregator(state_TD.float()).cpu().numpy() for state_TD in states_TD]
-
-
-def _turn(demonstration: Demonstration) -> Turn:
-    return Turn("", demonstration.question, demonstration.answer)
+    def _fuse(self, turns: Sequence[Turn], pictures: Mapping[str, PreparedPicture]) -> list[Fused]:
+        states_TD = self._aim.reader.read(self._aim.reader.pack(turns, pictures))
+        return [fused_TD.float().cpu().numpy() for fused_TD in self._aim.fuse(states_TD)]

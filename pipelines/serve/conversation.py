@@ -1,8 +1,8 @@
 """A request as turns and pictures. Nothing is fetched and nothing is opened: pictures come as bytes.
 
-A `user` message is a question about at most one picture, an `assistant` message its answer; turns
-with an answer are demonstrations written out in full. The picture stands where the model's chat
-template puts it, before the text, wherever it stood in the message.
+A `user` message is a question about any number of pictures, an `assistant` message its answer; turns with an
+answer are demonstrations written out in full. Pictures stand where the model's chat template puts them, before
+the text, wherever they stood in the message.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import base64
 import binascii
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mmicl_core.bank import Demonstration
 from mmicl_core.config.serve import ServeConfig
@@ -50,13 +51,14 @@ def read_conversation(
         text = "\n".join(part.text for part in message.content if part.text is not None)
         if message.role == "assistant":
             _refuse_pictures_of_the_assistant(urls)
-            turns[-1] = Turn(turns[-1].picture, turns[-1].question, text)
+            turns[-1] = replace(turns[-1], answer=text)
             continue
         if not text and not urls:
             raise RequestError(f"{where} says nothing: give it a picture or a text", f"{where}.content")
-        for param, url in _at_most_one(urls):
-            pictures[str(number)] = _picture(url, limits, param)
-        turns.append(Turn(str(number) if urls else None, text, None))
+        keys = tuple(f"{number}.{place}" for place in range(len(urls)))
+        for key, (param, url) in zip(keys, urls, strict=True):
+            pictures[key] = _picture(url, limits, param)
+        turns.append(Turn(keys, text, None))
     if turns[-1].answer is not None:
         raise RequestError("the last message is an answer: end with a user message", "messages")
     _refuse_too_many(len(pictures), limits, "messages")
@@ -78,7 +80,7 @@ def read_demonstrations_sent(request: DemoPackRequest, limits: ServeConfig) -> t
         else:
             assert sent.image is not None
             image = _bytes(sent.image, limits, f"{where}.image")
-        found.append(Demonstration(image, sent.question, sent.answer))
+        found.append(Demonstration((image,), sent.question, sent.answer))
     return tuple(found)
 
 
@@ -108,16 +110,6 @@ def _bytes(text: str, limits: ServeConfig, param: str) -> bytes:
         raise RequestError(
             f"{param} is not base64 ({error}): encode the picture's file again", param
         ) from error
-
-
-def _at_most_one(urls: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
-    if len(urls) > 1:
-        raise RequestError(
-            f"{urls[1][0]} is the second picture of its message, a message holds one: ask about each "
-            "picture in a turn of its own, or send demonstrations as a demo_pack",
-            urls[1][0],
-        )
-    return urls
 
 
 def _refuse_pictures_of_the_assistant(urls: Sequence[tuple[str, str]]) -> None:

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Iterator
 import torch
 
 from mmicl_core.backbones.decoding import greedy_tokens
+from mmicl_core.backbones.language import Embedded
+from mmicl_core.backbones.vision import join
 from mmicl_core.data.collate import pack
 from mmicl_core.errors import DataError
-from mmicl_core.methods.aim import fused_prompt
-from mmicl_core.methods.base import prompt_embeddings
 from pipelines.serve.contracts import Answer, Question
 from pipelines.serve.replica import Replica
 
@@ -42,11 +42,11 @@ class Generator(Replica):
             yield part
 
     def _parts(self, question: Question, arrived: float) -> Iterator[str | Answer]:
-        embeds_LD = self._embeddings(question)
+        prompt = self._embedded(question)
         ids: list[int] = []
         shown = ""
         ttft_ms = 0.0
-        for token in greedy_tokens(self.backbone, embeds_LD, question.max_new_tokens):
+        for token in greedy_tokens(self.backbone, prompt, question.max_new_tokens):
             if not ids:
                 ttft_ms = _milliseconds_since(arrived)
             ids.append(token)
@@ -60,29 +60,28 @@ class Generator(Replica):
         yield Answer(
             text=text,
             finish_reason="length" if len(ids) == question.max_new_tokens else "stop",
-            prompt_tokens=len(embeds_LD),
+            prompt_tokens=prompt.mask_BL.shape[1],
             completion_tokens=len(ids),
             # An answer that ends at once has the end token as its first.
             ttft_ms=ttft_ms or _milliseconds_since(arrived),
         )
 
     @torch.no_grad()
-    def _embeddings(self, question: Question) -> torch.Tensor:
-        first, *others = question.turns
-        prompt = fused_prompt(self.chat, len(question.fused), first)
-        for turn in others:
-            prompt += self.chat.turn(turn)
+    def _embedded(self, question: Question) -> Embedded:
+        prompt = self.chat.conversation(question.turns, len(question.fused))
+        pictures = self.prepare(question.pictures)
+        shown = [(pictures[key], turn.question) for turn in question.turns for key in turn.pictures]
         packed = pack(
             [prompt],
-            visual_tokens=self.backbone.visual_tokens,
-            fused_tokens=[[len(fused) for fused in question.fused]],
+            pictures=[picture for picture, _ in shown],
+            fused_tokens=[len(fused) for fused in question.fused],
             padding_id=self.backbone.tokenizer.pad_token_id,
         ).to(self.backbone.device)
         self._refuse_too_long(packed.mask_BL.shape[1], question.max_new_tokens)
-        images = [question.pictures[turn.picture] for turn in question.turns if turn.picture is not None]
+        visual = self.backbone.see(join([picture for picture, _ in shown]), [asked for _, asked in shown])
         # Arrays that came through Ray's object store cannot be written to, which torch insists on.
         fused_TD = [torch.tensor(fused, device=self.backbone.device) for fused in question.fused]
-        return prompt_embeddings(self.backbone, packed, self.vision(images), fused_TD)[0]
+        return self.backbone.embed(packed, visual, torch.cat(fused_TD) if fused_TD else None)
 
     def _refuse_too_long(self, prompt_tokens: int, max_new_tokens: int) -> None:
         if prompt_tokens + max_new_tokens > self.context_length:

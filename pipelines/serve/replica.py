@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-
 from mmicl_core.backbones.decoding import context_length
 from mmicl_core.backbones.hugging_face import load_for_inference
 from mmicl_core.data.images import decode
+from mmicl_core.data.pictures import PreparedPicture
 from mmicl_core.errors import DataError
-from mmicl_core.prompts import ChatFormat
 
 __all__ = ["Replica"]
 
@@ -35,7 +32,7 @@ class Replica:
 
     def __init__(self, backbone: Path, max_image_pixels: int) -> None:
         self.backbone = load_for_inference(backbone)
-        self.chat = ChatFormat(self.backbone.processor)
+        self.chat = self.backbone.chat
         self.context_length = context_length(self.backbone)
         self._max_image_pixels = max_image_pixels
         self._thread = ThreadPoolExecutor(max_workers=1)
@@ -44,18 +41,16 @@ class Replica:
         """Run `work` on the arithmetic thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
-    def vision(self, images: Sequence[bytes]) -> Tensor:
-        """Encoded pictures -> vision-tower output (N, V, W).
+    def prepare(self, images: Mapping[str, bytes]) -> dict[str, PreparedPicture]:
+        """Encoded pictures by key -> as the model takes them.
 
         Raises:
             DataError: one is unreadable or too large; says which.
         """
-        if not images:
-            return torch.empty(0)
         pictures = []
-        for number, image in enumerate(images, start=1):
+        for number, image in enumerate(images.values(), start=1):
             try:
                 pictures.append(decode(image, max_pixels=self._max_image_pixels))
             except DataError as error:
                 raise DataError(f"picture {number} of {len(images)}: {error}") from error
-        return self.backbone.encode_pixels(self.backbone.pixels(pictures))
+        return dict(zip(images, self.backbone.prepare(pictures), strict=True)) if pictures else {}

@@ -1,0 +1,156 @@
+"""The side of a model that reads: prompts of text, visual tokens and fused tokens -> hidden states, scores.
+
+Where pictures and fused tokens lie is known from how a prompt was packed, and is never looked for among ids
+or embeddings: no text, and no fused token, can pass for a picture. What a family does with pictures beside
+reading their tokens (positions in rows and columns, attention to all of a picture, features of earlier
+vision layers) is computed here as its own `forward` does.
+
+Shapes (letters in `mmicl_core.shapes`): K layers of the language model may take features of pictures too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.models.gemma3.modeling_gemma3 import (
+    create_masks_for_vision_model,
+    get_block_sequence_ids_for_mask,
+)
+
+from mmicl_core.data.collate import Packed
+
+__all__ = ["Embedded", "embed", "language_inputs", "positions_of"]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Prompts as a language model takes them, (B, L)."""
+
+    embeds_BLD: Tensor
+    mask_BL: Tensor
+    """1 where there is a token."""
+    image_BL: Tensor
+    """True at visual tokens."""
+    answer_BL: Tensor
+    """True at tokens that the loss counts."""
+    positions: Tensor
+    """(B, L), or (3, B, L) for frames, rows and columns."""
+    deep: tuple[Tensor, ...] = ()
+    """Of all pictures, what the first K layers add at visual tokens, (sum of V, D) each."""
+
+    def after(self, soft_SD: Tensor) -> Embedded:
+        """The same prompts after S soft tokens, which stand at positions 0 to S - 1 of every one."""
+        batch, count = len(self.embeds_BLD), len(soft_SD)
+
+        def widen(rows: Tensor, fill: int) -> Tensor:
+            return F.pad(rows, (count, 0), value=fill)
+
+        first = torch.arange(count, device=self.positions.device)
+        before = first.expand(*self.positions.shape[:-1], count)
+        soft = soft_SD.to(self.embeds_BLD.dtype).expand(batch, -1, -1)
+        return replace(
+            self,
+            embeds_BLD=torch.cat([soft, self.embeds_BLD], dim=1),
+            mask_BL=widen(self.mask_BL, 1),
+            image_BL=widen(self.image_BL, 0),
+            answer_BL=widen(self.answer_BL, 0),
+            positions=torch.cat([before, self.positions + count], dim=-1),
+        )
+
+    def last_positions(self) -> Tensor:
+        """The largest position of each prompt, (B,)."""
+        rows = self.positions if self.positions.ndim == 2 else self.positions.amax(0)
+        return rows.masked_fill(self.mask_BL == 0, 0).amax(1)
+
+
+def embed(
+    words: Callable[[Tensor], Tensor],
+    packed: Packed,
+    visual: Tensor | None,
+    fused: Tensor | None,
+    positions: Tensor,
+) -> Embedded:
+    """Put text, visual tokens and fused tokens at their places.
+
+    Args:
+        words: ids -> input embeddings.
+        visual: of all pictures, (sum of V, D + K D).
+        fused: of all demonstrations, (sum of T, D).
+        positions: what `positions_of` gives.
+    """
+    embeds_BLD = words(packed.ids_BL)
+    width, deep = embeds_BLD.shape[-1], tuple[Tensor, ...]()
+    if visual is not None:
+        first, *others = visual.to(embeds_BLD.dtype).split(width, dim=-1)
+        embeds_BLD = embeds_BLD.masked_scatter(packed.image_BL[..., None], first)
+        deep = tuple(others)
+    if fused is not None:
+        embeds_BLD = embeds_BLD.masked_scatter(packed.fused_BL[..., None], fused.to(embeds_BLD.dtype))
+    return Embedded(embeds_BLD, packed.mask_BL, packed.image_BL, packed.answer_BL, positions, deep)
+
+
+def positions_of(packed: Packed, rope_index: Callable[..., tuple[Tensor, Tensor]] | None) -> Tensor:
+    """Positions of all tokens, padding aside.
+
+    Args:
+        rope_index: the `get_rope_index` of a model whose pictures have rows and columns. It reads which tokens
+            are visual and the grids of the pictures; of the ids, only how many there are.
+    """
+    if rope_index is None or not packed.image_BL.any():
+        return (packed.mask_BL.long().cumsum(1) - 1).clamp(min=0)
+    positions, _ = rope_index(
+        packed.ids_BL,
+        mm_token_type_ids=packed.image_BL.int(),
+        image_grid_thw=packed.grids_N3,
+        attention_mask=packed.mask_BL,
+    )
+    return positions
+
+
+def language_inputs(prompts: Embedded, attends: str, config: Any) -> dict[str, Any]:
+    """Arguments of a language model's `forward`.
+
+    Args:
+        attends: as in `families.Family`.
+        config: the language model's own.
+    """
+    inputs: dict[str, Any] = {
+        "inputs_embeds": prompts.embeds_BLD,
+        "attention_mask": prompts.mask_BL,
+        "position_ids": prompts.positions,
+    }
+    if prompts.deep:
+        inputs |= {"visual_pos_masks": prompts.image_BL, "deepstack_visual_embeds": list(prompts.deep)}
+    if attends == "pictures":
+        blocks_BL = get_block_sequence_ids_for_mask(prompts.image_BL.int(), device=prompts.image_BL.device)
+        given = _mask_inputs(prompts, config) | {"block_sequence_ids": blocks_BL}
+        inputs["attention_mask"] = create_masks_for_vision_model(**given)
+    elif attends == "prefix":
+        inputs["attention_mask"] = _prefix_masks(prompts, config)
+    return inputs
+
+
+def _mask_inputs(prompts: Embedded, config: Any) -> dict[str, Any]:
+    return {
+        "config": config,
+        "inputs_embeds": prompts.embeds_BLD,
+        "attention_mask": prompts.mask_BL,
+        "past_key_values": None,
+        "position_ids": prompts.positions,
+    }
+
+
+def _prefix_masks(prompts: Embedded, config: Any) -> Tensor | Mapping[str, Tensor]:
+    """All before the first answer sees all of itself; from there on, each token what came before."""
+    given = _mask_inputs(prompts, config)
+    blocks_BL = torch.where(prompts.answer_BL.int().cumsum(1) > 0, -1, 0)
+    whole = create_causal_mask(**given, block_sequence_ids=blocks_BL)
+    if getattr(config, "sliding_window", None) is None:
+        return whole
+    return {"full_attention": whole, "sliding_attention": create_sliding_window_causal_mask(**given)}

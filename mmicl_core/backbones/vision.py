@@ -1,0 +1,183 @@
+"""The side of a model that looks: pictures -> visual tokens, and what lies between.
+
+    picture --processor--> inputs --vision tower--> states (R, W) --projector--> visual tokens (V, D)
+
+A processor is asked about each picture alone, so that what a picture becomes never depends on what else is
+in its batch; the model then takes the pictures of a batch in one call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmicl_core.backbones.families import Family
+from mmicl_core.data.pictures import VISUAL, PreparedPicture
+from mmicl_core.errors import BackboneError
+
+__all__ = ["PictureBatch", "Vision", "join"]
+
+GRID = "image_grid_thw"
+INSTRUCTION = ("qformer_input_ids", "qformer_attention_mask")
+
+
+@dataclass(frozen=True)
+class PictureBatch:
+    """Pictures side by side, N of them."""
+
+    visual_tokens: tuple[int, ...]
+    """V of each."""
+    inputs: Mapping[str, Tensor]
+    """What the vision part reads, all pictures in one; empty where `features` are kept."""
+    features: tuple[Tensor, ...] | None = None
+    """What it gave of each, (V, D) or (R, W), where that is kept."""
+
+    def __len__(self) -> int:
+        return len(self.visual_tokens)
+
+
+def join(pictures: Sequence[PreparedPicture]) -> PictureBatch:
+    """Put pictures side by side; what differs in size is padded with zeros at its end, as processors do."""
+    visual = tuple(sum(token == VISUAL for token in picture.ids) for picture in pictures)
+    if pictures and all(picture.features is not None for picture in pictures):
+        # Arrays may be mapped from disk, read-only, which torch insists on copying.
+        return PictureBatch(visual, {}, tuple(torch.tensor(picture.features) for picture in pictures))
+    names = pictures[0].inputs if pictures else {}
+    return PictureBatch(
+        visual, {name: _stack([picture.inputs[name] for picture in pictures]) for name in names}
+    )
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    sizes = [max(tensor.shape[axis] for tensor in tensors) for axis in range(1, tensors[0].ndim)]
+    padded = []
+    for tensor in tensors:
+        missing = [size - have for size, have in zip(sizes, tensor.shape[1:], strict=True)]
+        # Padding is told from the last axis to the first.
+        padded.append(F.pad(tensor, [pad for size in reversed(missing) for pad in (0, size)]))
+    return torch.cat(padded)
+
+
+class Vision:
+    """Tower and projector of one model, by its own `get_image_features`.
+
+    Args:
+        root: the module that has it.
+        family: what else is known.
+        processor: the model's own.
+        entrance: the module that takes the tower's states.
+    """
+
+    def __init__(self, root: Any, family: Family, processor: Any, entrance: nn.Module) -> None:
+        self._root, self._family, self._processor, self._entrance = root, family, processor, entrance
+        self._names = set(inspect.signature(root.get_image_features).parameters)
+        self._image_token = str(getattr(processor, family.image_token, "<image>"))
+        self._ids: tuple[int, ...] | None = None
+        if family.visual is not None:
+            self._ids = (VISUAL,) * family.visual(root.config)
+
+    @property
+    def image_token(self) -> str:
+        """Stands for a picture in what the chat template renders."""
+        return self._image_token
+
+    def prepare(self, pictures: Sequence[Image.Image]) -> list[PreparedPicture]:
+        """Decoded pictures -> what this model takes of each."""
+        if not self._family.one_size:
+            return [self._prepare(picture) for picture in pictures]
+        # The processor's text side costs more than its picture side, and says the same for every picture.
+        if self._ids is None:
+            self._ids = self._prepare(pictures[0]).ids
+        pixels = self._processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
+        return [PreparedPicture(self._ids, inputs={"pixel_values": one[None]}) for one in pixels]
+
+    def _prepare(self, picture: Image.Image) -> PreparedPicture:
+        told = self._processor(
+            text=[self._image_token], images=[[picture]], return_tensors="pt", add_special_tokens=False
+        )
+        marker = self._root.config.image_token_id
+        ids = tuple(VISUAL if token == marker else token for token in told["input_ids"][0].tolist())
+        inputs = {name: torch.as_tensor(value) for name, value in told.items() if name in self._names}
+        grid = tuple(inputs[GRID][0].tolist()) if GRID in inputs else ()
+        return PreparedPicture(ids, grid, inputs)
+
+    def see(self, batch: PictureBatch, questions: Sequence[str] | None = None) -> Tensor:
+        """Visual tokens of all pictures, one picture after the other, (sum of V, D).
+
+        Models that put features of earlier vision layers into their first language layers too give them
+        beside: (sum of V, D + K D).
+
+        Args:
+            questions: what is asked about each picture, for projectors that read it.
+
+        Raises:
+            BackboneError: the model gives other numbers of visual tokens than its processor says.
+        """
+        if batch.features is not None:
+            device, dtype = self._place()
+            return torch.cat(batch.features).to(device, dtype)
+        output = self._root.get_image_features(**self._inputs(batch, questions), return_dict=True)
+        deep = [_flat(features) for features in getattr(output, "deepstack_features", None) or ()]
+        visual = torch.cat([_flat(output.pooler_output), *deep], dim=-1)
+        if len(visual) != sum(batch.visual_tokens):
+            raise BackboneError(
+                f"the model makes {len(visual)} visual tokens of {len(batch)} pictures, its processor has "
+                f"places for {sum(batch.visual_tokens)}: the processor was saved for another model"
+            )
+        return visual
+
+    def tower_states(self, pictures: Sequence[PreparedPicture]) -> list[Tensor]:
+        """What the tower hands to the projector of each picture, (R, W)."""
+        if pictures[0].features is not None:
+            device, dtype = self._place()
+            return [torch.tensor(picture.features).to(device, dtype) for picture in pictures]
+        if not self._family.one_size:
+            return [self._states(join([picture])).flatten(0, -2) for picture in pictures]
+        return list(self._states(join(pictures)))
+
+    def tower_states_of(self, pixels: Tensor) -> Tensor:
+        """(N, 3, height, width), for models that read pictures so -> (N, R, W)."""
+        return self._states(PictureBatch((0,) * len(pixels), {"pixel_values": pixels}))
+
+    def _states(self, batch: PictureBatch) -> Tensor:
+        seen = list[Tensor]()
+
+        def keep(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            seen.append(named["encoder_hidden_states"] if "encoder_hidden_states" in named else given[0])
+
+        hook = self._entrance.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            self._root.get_image_features(**self._inputs(batch, [""] * len(batch)), return_dict=True)
+        finally:
+            hook.remove()
+        return seen[0]
+
+    def _inputs(self, batch: PictureBatch, questions: Sequence[str] | None) -> dict[str, Tensor]:
+        device, dtype = self._place()
+        inputs = {
+            name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+            for name, tensor in batch.inputs.items()
+        }
+        if self._family.instructed:
+            assert questions is not None
+            told = self._processor.qformer_tokenizer(list(questions), padding=True, return_tensors="pt")
+            inputs |= {name: told[name.removeprefix("qformer_")].to(device) for name in INSTRUCTION}
+        return inputs
+
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        weight = next(self._entrance.parameters())
+        return weight.device, weight.dtype
+
+
+def _flat(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """(N, V, D), or (V, D) of each -> (sum of V, D)."""
+    if isinstance(features, Tensor):
+        return features.reshape(-1, features.shape[-1])
+    return torch.cat([_flat(one) for one in features])
