@@ -161,8 +161,10 @@ class VisionTower:
             )
         return _in_batches(texts, self._batch, self._sentences, self.text_width)
 
+    @torch.no_grad()
     def _encode(self, pictures: list[Image.Image]) -> Tensor:
-        return self._backbone.encode_pixels(self._backbone.pixels(pictures)).float().mean(1)
+        states_RW = self._backbone.vision.tower_states(self._backbone.prepare(pictures))
+        return torch.stack([states.float().mean(0) for states in states_RW])
 
 
 class TextEncoder:

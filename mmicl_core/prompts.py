@@ -9,7 +9,7 @@ demonstration has the same tokens wherever it stands, which is what makes it cac
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mmicl_core.errors import BackboneError, DataError
@@ -78,8 +78,9 @@ class ChatFormat:
                 "the model's processor has no chat template, and its family no plain one: save the processor "
                 "with the chat_template that the model was trained with"
             )
-        once = self._render([Turn((), "q", "a")])
-        twice = self._render([Turn((), "q", "a")] * 2)
+        # With a picture, or a template that gathers them all at the head would pass.
+        once = self._render([Turn(("",), "q", "a")])
+        twice = self._render([Turn(("",), "q", "a")] * 2)
         turn = twice[len(once) :]
         if not twice.startswith(once) or not turn or not once.endswith(turn):
             raise BackboneError(
@@ -111,6 +112,27 @@ class ChatFormat:
         """The prefix, places for the tokens of `fused` demonstrations, and all turns written out."""
         places = [Piece("fused", reference=str(number)) for number in range(fused)]
         return [*self.prefix(), *places, *(piece for turn in turns for piece in self.turn(turn))]
+
+    def cut(self, turn: Turn, most: int) -> tuple[Prompt, bool]:
+        """A turn of at most so many text tokens, and whether it was cut: what its question has too many of,
+        it loses at the end.
+
+        Raises:
+            DataError: the answer and what a template writes take more than that.
+        """
+        pieces = self.turn(turn)
+        excess = count_text(pieces) - most
+        if excess <= 0:
+            return pieces, False
+        ids = self._tokenizer(turn.question, add_special_tokens=False)["input_ids"]
+        if excess >= len(ids):
+            raise DataError(
+                f"a turn takes {most + excess} text tokens, of which {len(ids)} are its question, and {most} "
+                "are allowed: allow more"
+            )
+        # Tokens may join differently where a text is cut, so that it takes another look.
+        shorter = self._tokenizer.decode(ids[: len(ids) - excess])
+        return self.cut(replace(turn, question=shorter), most)[0], True
 
     def decode(self, ids: Sequence[int]) -> str:
         """Answer ids -> text."""

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from mmicl_core.assets import EMBEDDED, resolve
-from mmicl_core.backbones.hugging_face import load_backbone
+from mmicl_core.backbones.hugging_face import ROLES, HuggingFaceBackbone, outline_backbone
 from mmicl_core.errors import MmiclError
+from mmicl_core.methods import METHODS, build_method, default_settings
 
 __all__ = ["STACK", "asset_problems", "examine", "read_pins", "version_lines"]
 
@@ -36,9 +37,8 @@ CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
 ASSETS: Mapping[str, str] = {
     "open_emoji": "split.json",
     "nano": "config.json",
-    "nano_aim": "*.safetensors",
+    "nano_aim": "adapter_config.json",
 }
-ROLES = ("vision_tower", "projector", "language_model", "head")
 
 
 def examine(backbone: str | None) -> int:
@@ -97,9 +97,32 @@ def asset_problems(assets: Mapping[str, str]) -> list[str]:
 
 
 def _describe(folder: Path) -> list[str]:
-    backbone = load_backbone(folder)
-    lines = [f"backbone {backbone.identity}: width {backbone.width}, {backbone.visual_tokens} visual tokens"]
+    """The roles of a model, and what each method would train of it; no weight is read."""
+    backbone = outline_backbone(folder)
+    family, total = backbone.family, sum(parameter.numel() for parameter in backbone.parameters())
+    kind = "encoder-decoder" if family.decoder is not None else "decoder"
+    lines = [
+        f"backbone {backbone.identity}: {family.model_type}, {kind}, width {backbone.width}, vision width "
+        f"{backbone.vision_width}, {total:,} parameters"
+    ]
     for role in ROLES:
-        parameters = sum(parameter.numel() for parameter in getattr(backbone, role).parameters())
-        lines.append(f"  {role}: {parameters:,} parameters")
+        counted = sum(parameter.numel() for _, parameter in backbone.role_parameters(role))
+        tied = ", tied to the embeddings" if role == "head" and not counted else ""
+        lines.append(f"  {role:<15} {_path(backbone, role)}: {counted:,} parameters{tied}")
+    for name in METHODS:
+        # Methods change what they are built around.
+        method = build_method(outline_backbone(folder), default_settings(name))
+        trained = sum(parameter.numel() for parameter in method.trainable().values())
+        lines.append(f"  {name:<15} trains {trained:,} parameters, {trained / total:.2%}")
     return lines
+
+
+def _path(backbone: HuggingFaceBackbone, role: str) -> str:
+    family = backbone.family
+    paths = {
+        "vision_tower": family.vision_tower,
+        "projector": " + ".join(family.projector),
+        "language_model": family.language_model,
+        "head": family.head,
+    }
+    return paths[role]

@@ -19,12 +19,15 @@ from mmicl_core.config.train import ADAPTED, Condition, EvaluateConfig
 from mmicl_core.data.catalogue import Catalogue
 from mmicl_core.data.images import decode
 from mmicl_core.data.pictures import images_of
+from mmicl_core.data.tasks.kind import kinds_of
+from mmicl_core.errors import ConfigError
 from mmicl_core.evaluation.metrics import names_exactly, names_only, wilson_interval
 from mmicl_core.evaluation.naming import NamingTask
 from mmicl_core.methods import METHODS, load_method, read_settings
 from mmicl_core.methods.adapter import adapter_identity
 from mmicl_core.methods.base import Pictures, Plain, episode_turns
 from pipelines.episodes import Source, build_episodes, describe, read_episodes
+from pipelines.materials import open_backbone
 from pipelines.progress import counting
 from pipelines.stages import Stage, read_manifest
 
@@ -53,8 +56,7 @@ def evaluate(run: RunConfig, root: Path) -> list[dict[str, Any]]:
 
 def evaluation_episodes(source: Source, run: RunConfig, shots: int, root: Path) -> Stage:
     """Episodes of the part asked about, all with hard negatives and the question that training used first."""
-    two_way = [task for task in run.episodes.tasks if isinstance(task, TwoWayConfig)]
-    asked = two_way[0].questions if two_way else TwoWayConfig().questions
+    trained = next((task for task in run.episodes.tasks if isinstance(task, TwoWayConfig)), TwoWayConfig())
     config = EpisodeConfig(
         part=run.evaluate.part,
         stages=(
@@ -64,7 +66,7 @@ def evaluation_episodes(source: Source, run: RunConfig, shots: int, root: Path) 
                 max_shots_of_both_classes=2 * shots,
             ),
         ),
-        tasks=(TwoWayConfig(questions=asked[:1]),),
+        tasks=(TwoWayConfig(questions=trained.questions[:1], wording=trained.wording, varied=False),),
         near_duplicate_bits=run.episodes.near_duplicate_bits,
         seed=run.evaluate.seed,
     )
@@ -73,9 +75,14 @@ def evaluation_episodes(source: Source, run: RunConfig, shots: int, root: Path) 
 
 def _evaluate_at(run: RunConfig, shots: int, source: Source, episodes: Stage, root: Path) -> dict[str, Any]:
     config = run.evaluate
-    backbone = resolve(run.backbone.path)
+    backbone = open_backbone(run.backbone, source, root)
     adapted = any(condition in ADAPTED for condition in config.conditions)
     adapter = resolve(config.adapter) if config.adapter and adapted else None
+    if adapter is not None and "mixed" in config.conditions and read_settings(adapter).type != "aim":
+        raise ConfigError(
+            "evaluate.conditions ask for 'mixed', fused demonstrations before one written out, but the adapter "
+            f"in {adapter} is of method {read_settings(adapter).type!r}, which fuses none: leave it out"
+        )
     stage = Stage(
         root,
         "evaluate",
@@ -154,7 +161,10 @@ class _Answerer:
         self._reader = source.described.corpus.pictures(source.described.pairs.folder)
         self._episodes = read_episodes(episodes)
         concepts = Catalogue(source.catalogue("concept").folder)
-        self._true_names = dict(zip(concepts.ids, concepts.names, strict=True))
+        self._known = {
+            "true_name": dict(zip(concepts.ids, concepts.names, strict=True)),
+            "kind": dict(zip(concepts.ids, kinds_of(concepts), strict=True)),
+        }
         self._config, self._counter = config, counter
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -181,12 +191,14 @@ class _Answerer:
         }
 
     def _scored(self, episode: dict[str, Any], condition: Condition, answer: str) -> dict[str, Any]:
-        expected, other = episode["answer"], episode["other"]
-        if condition != "true_name":
+        # Its answer may be a sentence.
+        other = episode["other"]
+        (expected,) = (name for name in episode["names"] if name != other)
+        known = self._known.get(condition.removeprefix("adapted_"))
+        if known is None:
             return {"expected": expected, "other": other, "right": names_only(answer, expected, other)}
-        true_names = {
-            name: self._true_names[concept]
-            for name, concept in zip(episode["names"], episode["concepts"], strict=True)
+        told = {
+            name: known[concept] for name, concept in zip(episode["names"], episode["concepts"], strict=True)
         }
-        right = names_exactly(answer, true_names[expected])
-        return {"expected": true_names[expected], "other": true_names[other], "right": right}
+        right = names_exactly(answer, told[expected])
+        return {"expected": told[expected], "other": told[other], "right": right}

@@ -156,7 +156,7 @@ class _PictureEncoder:
         if self._takes == "tower_states":
             return self._backbone.vision.tower_states(pictures)
         batch = join(pictures)
-        return self._backbone.vision.see(batch).split(list(batch.visual_tokens))
+        return torch.split(self._backbone.vision.see(batch), list(batch.visual_tokens))
 
 
 class _Teacher:

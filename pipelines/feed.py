@@ -18,7 +18,21 @@ from pipelines.episodes import DrawnEpisodes, read_episodes
 from pipelines.materials import Materials, training_rows
 from pipelines.pairs import open_corpus
 
-__all__ = ["Feed"]
+__all__ = ["Feed", "open_pictures"]
+
+
+def open_pictures(
+    run: RunConfig, method: Method, materials: Materials, rows: Sequence[Mapping[str, Any]]
+) -> Pictures:
+    """The pictures of all rows by key, as they were kept, or else as the model takes them."""
+    if materials.features is not None:
+        return PictureStore(materials.features)
+    return _pixel_store(run, method, materials).look(turn for row in rows for turn in row["turns"])
+
+
+def _pixel_store(run: RunConfig, method: Method, materials: Materials) -> PixelStore:
+    reader = open_corpus(run.corpus, run.concepts).pictures(materials.pairs)
+    return PixelStore(reader, method.backbone.prepare)
 
 
 class Feed:
@@ -36,8 +50,7 @@ class Feed:
         self._drawn = DrawnEpisodes(source, run.episodes) if source is not None else None
         self._states = ArrayStore(materials.states) if materials.states else None
         self._features = PictureStore(materials.features) if materials.features else None
-        reader = open_corpus(run.corpus, run.concepts).pictures(materials.pairs)
-        self._pixels = PixelStore(reader, method.backbone.prepare)
+        self._pixels = _pixel_store(run, method, materials)
         self._rows = self._read_rows(materials)
         # What decides the order of a pass is known of an episode before it is drawn.
         outline = self._rows if self._drawn is None else self._drawn.outline()

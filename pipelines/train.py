@@ -23,7 +23,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import backbone_identity, load_backbone
-from mmicl_core.config.model import LclConfig, SupConConfig
+from mmicl_core.config.model import MtvConfig, SupConConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import TrainConfig
 from mmicl_core.data.files import write_atomic
@@ -35,6 +35,7 @@ from mmicl_core.training.checkpoint import TrainState, has_state, load_state, sa
 from mmicl_core.training.step import StepMetrics, learning_rate, train_step
 from pipelines.environment import code_revision
 from pipelines.feed import Feed
+from pipelines.fit import fit
 from pipelines.materials import Materials, prepare
 from pipelines.progress import counting
 from pipelines.stages import Stage
@@ -59,7 +60,7 @@ def train(run: RunConfig, root: Path) -> Stage:
     if isinstance(named, SupConConfig):
         # Which teacher it was, the name of the materials says.
         named = named.model_copy(update={"teacher": None})
-    elif not isinstance(named, LclConfig) and named.start is not None:
+    elif named.start is not None:
         folder = resolve(named.start)
         # The workers have other working directories.
         run = run.model_copy(update={"method": named.model_copy(update={"start": str(folder)})})
@@ -77,6 +78,9 @@ def train(run: RunConfig, root: Path) -> Stage:
     work = root.absolute() / f"{stage.folder.name}.work"
 
     def build(folder: Path) -> dict[str, Any]:
+        about = {"backbone_name": run.backbone.path, "code": code_revision()}
+        if isinstance(run.method, MtvConfig):
+            return fit(run, materials, folder / RESULT, about)
         work.mkdir(parents=True, exist_ok=True)
         with counting("Training", run.train.steps) as counter:
             settings = {
@@ -93,12 +97,14 @@ def train(run: RunConfig, root: Path) -> Stage:
                 parameter.copy_(state.parameters[name].value)
         summary = _summary(work)
         metrics = {key: summary[key] for key in ("steps", "loss_first", "loss_last")}
-        about = {"backbone_name": run.backbone.path, "code": code_revision(), "metrics": metrics}
-        method.save(folder / RESULT, about)
+        method.save(folder / RESULT, about | {"metrics": metrics})
         shutil.copy(work / METRICS_FILE, folder / METRICS_FILE)
         return summary
 
     manifest = stage.run(build)
+    if "partition" not in manifest:
+        # Fitted without workers.
+        return stage
     partition = manifest["partition"]
     log.info(
         "ZeRO stage %d: each of %d workers holds %d of the %d elements of %s",
@@ -190,7 +196,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     for step in range(first, run.train.steps):
         rate = learning_rate(step, run.train.steps, run.train.warmup_steps, run.train.learning_rate)
         metrics = train_step(engine, feed.micro_batches(step, rank, world_size), rate)
-        journal.note(step, rate, metrics, feed.replaced)
+        journal.note(step, rate, metrics, {"replaced": feed.replaced, "cut": method.cut})
         if (step + 1) % run.train.checkpoint_every == 0 or step + 1 == run.train.steps:
             journal.checkpoint(engine.state(step + 1))
             ray.train.report(vars(metrics))
@@ -216,14 +222,17 @@ class _Journal:
             partition = {"steps": self._config.steps} | dict(facts)
             write_atomic(self._work / PARTITION_FILE, json.dumps(partition))
 
-    def note(self, step: int, rate: float, metrics: StepMetrics, replaced: Mapping[str, int]) -> None:
-        """Count a step; every `log_every`th is written down, with the streamed episodes replaced so far."""
+    def note(
+        self, step: int, rate: float, metrics: StepMetrics, counted: Mapping[str, Mapping[str, int]]
+    ) -> None:
+        """Count a step; every `log_every`th is written down, with what this worker counted so far: streamed
+        episodes that were replaced, texts that were cut."""
         if not self._writes:
             return
         self._counter.add.remote(1, f"loss {metrics.loss:.3f}")
         if step % self._config.log_every == 0 or step + 1 == self._config.steps:
             line = {"step": step + 1, "learning_rate": rate} | vars(metrics)
-            line |= {"replaced": dict(replaced)} if replaced else {}
+            line |= {name: dict(counts) for name, counts in counted.items() if counts}
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 

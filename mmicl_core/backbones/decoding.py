@@ -7,13 +7,16 @@ on from the prompt's own last one, which in prompts with pictures need not be th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.language import Embedded
+from mmicl_core.errors import BackboneError
 
 __all__ = ["Decoding", "context_length", "generate", "greedy_tokens"]
 
@@ -25,9 +28,11 @@ def context_length(backbone: HuggingFaceBackbone) -> int:
     return int(getattr(backbone.text_config, "max_position_embeddings", None) or NO_LIMIT)
 
 
-def generate(backbone: HuggingFaceBackbone, prompts: Embedded, max_new_tokens: int) -> list[list[int]]:
-    """Greedy continuation of left-padded prompts; ids before the end token."""
-    decoding = Decoding(backbone, prompts)
+def generate(
+    backbone: HuggingFaceBackbone, prompts: Embedded, max_new_tokens: int, cache: Any = None
+) -> list[list[int]]:
+    """Greedy continuation of left-padded prompts; ids before the end token. `cache` as in `Decoding`."""
+    decoding = Decoding(backbone, prompts, cache)
     end = backbone.tokenizer.eos_token_id
     chosen: list[Tensor] = []
     ended = torch.zeros(len(prompts.mask_BL), dtype=torch.bool, device=prompts.mask_BL.device)
@@ -42,19 +47,19 @@ def generate(backbone: HuggingFaceBackbone, prompts: Embedded, max_new_tokens: i
     return [ids[: ids.index(end)] if end in ids else ids for ids in answers]
 
 
-def greedy_tokens(backbone: HuggingFaceBackbone, prompt: Embedded, max_new_tokens: int) -> Iterator[int]:
+def greedy_tokens(
+    backbone: HuggingFaceBackbone, prompt: Embedded, max_new_tokens: int, cache: Any = None
+) -> Iterator[int]:
     """The tokens of `generate` for one prompt, each as soon as it is chosen; ends before the end token."""
-    decoding = None
-    for _ in range(max_new_tokens):
-        if decoding is None:
-            decoding = Decoding(backbone, prompt)
-        else:
-            decoding.feed(token_B)
+    decoding = Decoding(backbone, prompt, cache)
+    for left in reversed(range(max_new_tokens)):
         token_B = decoding.scores_BV.argmax(-1)
         token = int(token_B[0])
         if token == backbone.tokenizer.eos_token_id:
             return
         yield token
+        if left:
+            decoding.feed(token_B)
 
 
 class Decoding:
@@ -62,17 +67,23 @@ class Decoding:
 
     Args:
         prompts: left-padded.
-        cache: keys and values of what comes before the prompts, as an earlier body gave them.
+        cache: keys and values of what stands before every prompt, as the language model gave them for a batch
+            of one. It is copied, and can be used again.
+
+    Raises:
+        BackboneError: the model looks at the last tokens only, and between the cache and some of the prompts
+            stands padding, which would count among them.
     """
 
     scores_BV: Tensor
     """Scores of the next token of each."""
 
     @torch.no_grad()
-    def __init__(self, backbone: HuggingFaceBackbone, prompts: Embedded) -> None:
+    def __init__(self, backbone: HuggingFaceBackbone, prompts: Embedded, cache: Any = None) -> None:
         self._backbone = backbone
-        self._mask_BL = prompts.mask_BL
-        self._next_B = prompts.last_positions() + 1
+        before = cache.get_seq_length() if cache is not None else 0
+        self._mask_BL = F.pad(prompts.mask_BL, (before, 0), value=1)
+        self._next_B = prompts.last_positions() + 1 + before
         self._axes = prompts.positions.shape[:-2]
         self._encoded: Tensor | None = None
         if backbone.family.decoder is not None:
@@ -81,7 +92,7 @@ class Decoding:
             start = backbone.text_config.decoder_start_token_id
             self._answer(torch.full_like(self._next_B, start))
             return
-        output = backbone.read(prompts, use_cache=True)
+        output = backbone.read(prompts, use_cache=True, past_key_values=_copy_for(prompts, cache))
         self._cache = output.past_key_values
         self.scores_BV = backbone.logits(output.last_hidden_state[:, -1])
 
@@ -109,3 +120,17 @@ class Decoding:
         )
         self._cache = output.past_key_values
         self.scores_BV = output.logits[:, -1]
+
+
+def _copy_for(prompts: Embedded, cache: Any) -> Any:
+    if cache is None:
+        return None
+    if any(cache.is_sliding) and not prompts.mask_BL.all():
+        lengths = sorted(set(prompts.mask_BL.sum(1).tolist()))
+        raise BackboneError(
+            f"prompts of {lengths} tokens stand behind one cache, but the model has layers that look at the "
+            "last tokens only: give it prompts of one length at a time"
+        )
+    copied = deepcopy(cache)
+    copied.batch_repeat_interleave(len(prompts.mask_BL))
+    return copied

@@ -14,7 +14,7 @@ A row says more only where a family is not as most are:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,15 +24,59 @@ from torch import nn
 
 from mmicl_core.errors import BackboneError
 
-__all__ = ["FAMILIES", "Family", "family_in", "family_of", "part"]
+__all__ = ["FAMILIES", "Family", "family_in", "family_of", "part", "vision_blocks_read"]
+
+
+def _block_width(config: Any) -> int:
+    return int(config.vision_config.hidden_size)
+
+
+def _embed_width(config: Any) -> int:
+    return int(config.vision_config.embed_dim)
 
 
 def _vision_width(config: Any) -> int:
-    return int(config.vision_config.hidden_size)
+    return _block_width(config) * len(_layers_read(config))
 
 
 def _shuffled_width(config: Any) -> int:
     return int(_vision_width(config) / config.downsample_ratio**2)
+
+
+def _layers_read(config: Any) -> Sequence[int]:
+    """Numbers of the vision tower's hidden states that the projector takes side by side."""
+    read = getattr(config, "vision_feature_layer", -1)
+    return (read,) if isinstance(read, int) else tuple(read)
+
+
+def _one_row(_: Any) -> int:
+    return 1
+
+
+def _tower_square(config: Any) -> int:
+    return int(config.vision_config.spatial_merge_size) ** 2
+
+
+def _merged_square(config: Any) -> int:
+    return int(config.spatial_merge_size) ** 2
+
+
+def _scaled_square(config: Any) -> int:
+    return int(config.scale_factor) ** 2
+
+
+def _whole_grid(config: Any) -> int:
+    return (int(config.vision_config.image_size) // int(config.vision_config.patch_size)) ** 2
+
+
+def _nothing(config: Any) -> tuple[str, ...]:
+    return ()
+
+
+def _text_after_the_queries(config: Any) -> tuple[str, ...]:
+    """The last layer of a Q-Former still makes text, but only its queries are taken."""
+    last = f"qformer.encoder.layer.{config.qformer_config.num_hidden_layers - 1}"
+    return (f"{last}.intermediate", f"{last}.output")
 
 
 @dataclass(frozen=True)
@@ -61,11 +105,20 @@ class Family:
     one_size: bool = False
     """Every picture is (3, height, width) to the tower, whatever it was."""
     instructed: bool = False
+    unread: Callable[[Any], tuple[str, ...]] = _nothing
+    """Modules of the projector whose output no one reads: there is nothing for them to learn."""
     decoder: str | None = None
     heads: str = "self_attn.o_proj"
     """Inside a block (of the decoder, where there is one), what takes all heads that look at the prompt."""
     tower_width: Callable[[Any], int] = _vision_width
     """Width of the states that the projector takes, by the configuration."""
+    block_width: Callable[[Any], int] = _block_width
+    """Width of the states inside the tower's blocks, by the configuration."""
+    merges: Callable[[Any], int] | None = _one_row
+    """Equal states that the projector makes one visual token of, by the configuration; None where it
+    resamples, with queries of its own that look at all of a picture's states."""
+    one_sequence: bool = False
+    """The tower reads all pictures of a batch as one sequence, in which each sees itself alone."""
     chat_template: str | None = None
     """How turns are written where the processor has no template of its own."""
 
@@ -79,7 +132,7 @@ BLIP_TEMPLATE = (
     "{% else %}{{ 'Question: ' + part['text'] + ' Answer:' if user else part['text'] }}{% endif %}"
     "{% endfor %}{% if not user %}</s>{% endif %}{% endfor %}"
 )
-# Pictures, then <bos>, the question and a line feed; the answer ends in <eos> (arXiv:2407.07726, section 3.2).
+# Pictures, <bos>, the question, a line feed; the answer ends in <eos> (arXiv:2407.07726, section 3.2).
 PALIGEMMA_TEMPLATE = (
     "{% for message in messages %}{% set user = message['role'] == 'user' %}"
     "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
@@ -105,7 +158,7 @@ def _llava(model_type: str, layers: str | None, **more: Any) -> Family:
     )
 
 
-def _qwen(model_type: str, projector: tuple[str, ...]) -> Family:
+def _qwen(model_type: str, projector: tuple[str, ...], **more: Any) -> Family:
     return Family(
         model_type,
         vision_tower="model.visual",
@@ -115,10 +168,13 @@ def _qwen(model_type: str, projector: tuple[str, ...]) -> Family:
         layers="layers",
         head="lm_head",
         positions="mrope",
+        merges=_tower_square,
+        one_sequence=True,
+        **more,
     )
 
 
-def _idefics(model_type: str) -> Family:
+def _idefics(model_type: str, merges: Callable[[Any], int] | None) -> Family:
     return Family(
         model_type,
         vision_tower="model.vision_model",
@@ -127,6 +183,7 @@ def _idefics(model_type: str) -> Family:
         language_model="model.text_model",
         layers="layers",
         head="lm_head",
+        merges=merges,
     )
 
 
@@ -143,22 +200,24 @@ def _blip(model_type: str, text: str, language_model: str, layers: str, **more: 
         root="",
         visual=lambda config: int(config.num_query_tokens),
         one_size=True,
+        merges=None,
         chat_template=BLIP_TEMPLATE,
         **more,
     )
 
 
+INSTRUCTED: Mapping[str, Any] = {"instructed": True, "unread": _text_after_the_queries}
 FAMILIES: tuple[Family, ...] = (
     _llava("llava", "encoder.layers", one_size=True),
     _llava("llava_next", "encoder.layers", projector=(PROJECTOR, "model.image_newline")),
     _llava("llava_onevision", "encoder.layers", projector=(PROJECTOR, "model.image_newline")),
-    _qwen("qwen2_vl", ("model.visual.merger",)),
+    _qwen("qwen2_vl", ("model.visual.merger",), tower_width=_embed_width, block_width=_embed_width),
     _qwen("qwen2_5_vl", ("model.visual.merger",)),
     _qwen("qwen3_vl", ("model.visual.merger", "model.visual.deepstack_merger_list")),
     _llava("internvl", "encoder.layer", tower_width=_shuffled_width),
-    _idefics("idefics2"),
-    _idefics("idefics3"),
-    _idefics("smolvlm"),
+    _idefics("idefics2", merges=None),
+    _idefics("idefics3", merges=_scaled_square),
+    _idefics("smolvlm", merges=_scaled_square),
     _llava(
         "paligemma",
         "encoder.layers",
@@ -167,11 +226,18 @@ FAMILIES: tuple[Family, ...] = (
         visual=lambda config: int(config.text_config.num_image_tokens),
         chat_template=PALIGEMMA_TEMPLATE,
     ),
-    _llava("gemma3", "encoder.layers", attends="pictures", one_size=True, image_token="boi_token"),
-    _llava("mistral3", "transformer.layers"),
+    _llava(
+        "gemma3",
+        "encoder.layers",
+        attends="pictures",
+        one_size=True,
+        image_token="boi_token",
+        merges=_whole_grid,
+    ),
+    _llava("mistral3", "transformer.layers", merges=_merged_square, one_sequence=True),
     _llava("fast_vlm", None, one_size=True),
-    _blip("instructblip", "t5", "encoder", "block", decoder="decoder", heads=CROSS, instructed=True),
-    _blip("instructblip", "llama", "model", "layers", instructed=True),
+    _blip("instructblip", "t5", "encoder", "block", decoder="decoder", heads=CROSS, **INSTRUCTED),
+    _blip("instructblip", "llama", "model", "layers", **INSTRUCTED),
     _blip("blip-2", "opt", "model", "decoder.layers", heads="self_attn.out_proj"),
     _blip("blip-2", "t5", "encoder", "block", decoder="decoder", heads=CROSS),
 )
@@ -211,6 +277,26 @@ def family_in(folder: Path) -> Family:
         ) from error
     text = SimpleNamespace(**{"model_type": None, **(told.get("text_config") or {})})
     return family_of(SimpleNamespace(model_type=told.get("model_type"), text_config=text))
+
+
+def vision_blocks_read(config: Any, blocks: int) -> int:
+    """How many of a vision tower's blocks run before the last of the states that the projector takes.
+
+    Args:
+        blocks: those that the tower has.
+
+    Raises:
+        BackboneError: the configuration names states that the tower does not have.
+    """
+    read = _layers_read(config)
+    # State 0 is what enters the first block, state n what block n gives.
+    after = [number if number >= 0 else blocks + 1 + number for number in read]
+    if not all(0 <= number <= blocks for number in after):
+        raise BackboneError(
+            f"vision_feature_layer names the hidden states {list(read)}, the vision tower has {blocks + 1}: "
+            "mend it in the model's config.json"
+        )
+    return max(after)
 
 
 def part(model: nn.Module, path: str) -> nn.Module:

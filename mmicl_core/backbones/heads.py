@@ -1,4 +1,6 @@
-"""Attention heads at the token that tells an answer's first one: what they give there, and giving something else.
+"""What attention heads give at the end of a prompt: reading it, and putting something else in its place.
+
+The end is the token from which the first token of the answer is told.
 
 What the heads of a layer give stands side by side in the input of the layer's output projection, so that is
 where it is read and replaced, by hooks that are there for one pass and gone after it. In an encoder-decoder
@@ -42,8 +44,8 @@ class Heads:
         widths: set[Any] = {projection.in_features for projection in self._projections}
         if len(widths) > 1 or min(widths) % self._heads:
             raise BackboneError(
-                f"{backbone.family.heads} takes {sorted(widths)} numbers in the layers of this model, which its "
-                f"{self._heads} heads do not share evenly: its layers differ, and have no common heads to choose from"
+                f"{backbone.family.heads} takes {sorted(widths)} channels, which differ between layers or "
+                f"are no multiple of {self._heads} heads: name another in mmicl_core/backbones/families.py"
             )
         self._width = int(widths.pop()) // self._heads
 
@@ -53,7 +55,7 @@ class Heads:
         return len(self._projections), self._heads, self._width
 
     def columns(self, prompts: Embedded) -> Tensor:
-        """Where each prompt's answer is told from, (B,): the last token, or the one before the answer given."""
+        """Where each prompt ends, (B,): at its last token, or before the answer where that is given."""
         if self._decoder is not None:
             return torch.zeros_like(prompts.mask_BL[:, 0])
         asked_BL = prompts.mask_BL.bool() & (prompts.answer_BL.int().cumsum(1) == 0)
@@ -67,7 +69,7 @@ class Heads:
         seen: list[Tensor] = []
 
         def keep(_: int, given_BLX: Tensor) -> None:
-            seen.append(given_BLX[rows_B, columns_B].unflatten(-1, self.shape[1:]))
+            seen.append(given_BLX[rows_B, columns_B].view(-1, *self.shape[1:]))
 
         with self._once(keep):
             yield seen
@@ -77,13 +79,13 @@ class Heads:
         """Give other values in the first pass inside; what is decoded after it, from its cache, is as ever.
 
         Args:
-            chosen: 1 for heads that are replaced, 0 for others; (K, H), or (B, K, H) to differ between prompts.
+            chosen: 1 for heads that are replaced, 0 for others, (K, H) or, for each prompt, (B, K, H).
         """
         rows_B, columns_B = self._places(prompts)
         chosen_BKH = chosen.bool().expand(len(rows_B), *self.shape[:2])
 
         def change(layer: int, given_BLX: Tensor) -> Tensor:
-            own_BHE = given_BLX[rows_B, columns_B].unflatten(-1, self.shape[1:])
+            own_BHE = given_BLX[rows_B, columns_B].view(-1, *self.shape[1:])
             other_HE = values_KHE[layer].to(own_BHE.dtype)
             changed_BHE = torch.where(chosen_BKH[:, layer, :, None], other_HE, own_BHE)
             return given_BLX.index_put((rows_B, columns_B), changed_BHE.flatten(1))

@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_outputs import BaseModelOutput
 
+from mmicl_core.backbones.deep_prompts import soft_tokens_replaced
 from mmicl_core.backbones.families import Family, family_of, part
 from mmicl_core.backbones.language import Embedded, embed, language_inputs, positions_of
 from mmicl_core.backbones.processors import load_processor
@@ -25,11 +26,20 @@ from mmicl_core.data.pictures import PreparedPicture
 from mmicl_core.errors import BackboneError, DataError
 from mmicl_core.prompts import ChatFormat
 
-__all__ = ["ROLES", "HuggingFaceBackbone", "backbone_identity", "load_backbone", "load_for_inference"]
+__all__ = [
+    "ROLES",
+    "HuggingFaceBackbone",
+    "backbone_identity",
+    "is_model_folder",
+    "load_backbone",
+    "load_for_inference",
+    "outline_backbone",
+]
 
 ROLES = ("vision_tower", "projector", "language_model", "head")
 LARGEST_FILE, LARGE_FILE = "7MB", "4GB"
 SMALL_MODEL = 64 << 20
+MEASURED_WORDS = 4096
 READ_BY_THE_MODEL = (".bin", ".json", ".jinja", ".model", ".safetensors", ".txt")
 
 
@@ -126,7 +136,7 @@ class HuggingFaceBackbone(nn.Module):
 
     @property
     def language_side(self) -> nn.Module:
-        """The language model with its embeddings and, of an encoder-decoder, its decoder; the head may be in it."""
+        """The language model, of an encoder-decoder with its decoder; the head may be in it."""
         return part(self.model, self._language_path)
 
     def role_parameters(self, role: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -139,9 +149,26 @@ class HuggingFaceBackbone(nn.Module):
             if owner == role:
                 yield name, parameter
 
+    def unfreeze(self, role: str) -> None:
+        """Let a role be trained, but for modules whose output no one reads."""
+        unread = self.family.unread(self.model.config)
+        for name, parameter in self.role_parameters(role):
+            parameter.requires_grad_(not _inside(name, unread))
+
     def prepare(self, pictures: Sequence[Image.Image]) -> list[PreparedPicture]:
         """Decoded pictures -> what this model takes of each."""
         return self.vision.prepare(pictures)
+
+    @torch.no_grad()
+    def embedding_spread(self) -> float:
+        """Standard deviation of the token embeddings as they enter the language model; some families scale
+        what they look up. Of a model without weights it is 1."""
+        words = self.model.get_input_embeddings()
+        if words.weight.is_meta:
+            return 1.0
+        count = words.num_embeddings
+        ids = torch.linspace(0, count - 1, min(count, MEASURED_WORDS), device=self.device).long()
+        return float(words(ids).float().std())
 
     def see(self, pictures: PictureBatch, questions: Sequence[str] | None = None) -> Tensor | None:
         """Visual tokens of all pictures, (sum of V, D), as `Vision.see`; None where there is no picture."""
@@ -163,9 +190,12 @@ class HuggingFaceBackbone(nn.Module):
         """
         if self.family.decoder is not None:
             mask_BL = prompts.mask_BL * ~prompts.answer_BL
-            return self.language_model(inputs_embeds=prompts.embeds_BLD, attention_mask=mask_BL, **more)
-        inputs = language_inputs(prompts, self.family.attends, self.language_model.config)
-        return self.language_model(**inputs, **{"use_cache": False} | more)
+            inputs: dict[str, Any] = {"inputs_embeds": prompts.embeds_BLD, "attention_mask": mask_BL}
+        else:
+            cache, config = more.get("past_key_values"), self.language_model.config
+            inputs = language_inputs(prompts, self.family.attends, config, cache) | {"use_cache": False}
+        with soft_tokens_replaced(self.layers, prompts):
+            return self.language_model(**inputs | more)
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """(..., D) -> (..., vocabulary)."""
@@ -201,8 +231,8 @@ class HuggingFaceBackbone(nn.Module):
         follows_BL = packed.answer_BL.int().cumsum(1) > 0
         if (follows_BL & packed.mask_BL.bool() & ~packed.answer_BL).any():
             raise DataError(
-                "an encoder-decoder gives one answer, at the end of its prompt, but a turn before the last one "
-                "is scored: draw episodes with answers_scored 'last'"
+                "an encoder-decoder gives one answer, at the end of its prompt, but a turn before the last "
+                "one is scored: draw episodes with answers_scored 'last'"
             )
         targets = pad_sequence(answers, batch_first=True, padding_value=NOT_SCORED)
         start = self.text_config.decoder_start_token_id
@@ -213,7 +243,7 @@ class HuggingFaceBackbone(nn.Module):
         return F.cross_entropy(logits[scored].float(), targets[scored], reduction="none")
 
     def save(self, folder: Path) -> None:
-        """Write model and processor as Hugging Face does, 16-bit; small ones in files that a forge accepts."""
+        """Write model and processor as Hugging Face does, 16-bit; small ones in files that forges accept."""
         folder.mkdir(parents=True, exist_ok=True)
         # Tied weights stay one tensor, or they would be written twice.
         halves: dict[int, Tensor] = {}
@@ -278,11 +308,32 @@ def load_backbone(
     return HuggingFaceBackbone(model.to(device), load_processor(folder), identity=identity)
 
 
+def outline_backbone(folder: Path) -> HuggingFaceBackbone:
+    """The model without its weights, on torch's meta device: to look at and to count, whatever its size.
+
+    Raises:
+        BackboneError: the folder is no such model, or its family is unknown.
+    """
+    identity = backbone_identity(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model: Any = AutoModelForImageTextToText.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(f"{folder} is no image-text-to-text model: {error}") from error
+    return HuggingFaceBackbone(model, load_processor(folder), identity=identity)
+
+
 def load_for_inference(folder: Path) -> HuggingFaceBackbone:
     """The model on a GPU in bf16 where there is one, else on the CPU in 32 bits. Raises as above."""
     if torch.cuda.is_available():
         return load_backbone(folder, dtype=torch.bfloat16, device="cuda")
     return load_backbone(folder)
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder holds a model, and not an adapter or a part of one."""
+    return (folder / "config.json").is_file()
 
 
 def backbone_identity(folder: Path) -> str:
@@ -293,6 +344,6 @@ def backbone_identity(folder: Path) -> str:
     Raises:
         BackboneError: the folder is no model.
     """
-    if not (folder / "config.json").is_file():
+    if not is_model_folder(folder):
         raise BackboneError(f"{folder} is not a model folder: it has no config.json")
     return folder_digest(folder, READ_BY_THE_MODEL)

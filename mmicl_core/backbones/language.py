@@ -41,26 +41,46 @@ class Embedded:
     """True at tokens that the loss counts."""
     positions: Tensor
     """(B, L), or (3, B, L) for frames, rows and columns."""
+    soft_BL: Tensor | None = None
+    """True at soft tokens put before the prompts, if any."""
     deep: tuple[Tensor, ...] = ()
     """Of all pictures, what the first K layers add at visual tokens, (sum of V, D) each."""
+    soft_KSD: Tensor | None = None
+    """What takes the place of the S soft tokens at the entrance of each layer but the first, if anything."""
 
-    def after(self, soft_SD: Tensor) -> Embedded:
-        """The same prompts after S soft tokens, which stand at positions 0 to S - 1 of every one."""
+    def after(self, soft_SD: Tensor, later_KSD: Tensor | None = None) -> Embedded:
+        """The same prompts, each right after S soft tokens, which stand at positions 0 to S - 1.
+
+        Padding on the left stays on the left of them: what tells distances by columns (relative positions of
+        T5, sliding windows) shall find no hole between.
+
+        Args:
+            later_KSD: what takes their place at the entrance of each layer but the first.
+        """
         batch, count = len(self.embeds_BLD), len(soft_SD)
+        length = count + self.embeds_BLD.shape[1]
+        padding_B1 = (self.mask_BL.cumsum(1) == 0).sum(1, keepdim=True)
+        columns = torch.arange(length, device=self.mask_BL.device).expand(batch, -1)
+        soft_BL = (columns >= padding_B1) & (columns < padding_B1 + count)
+        # Every column's source, counted with the soft tokens first.
+        source = torch.where(columns < padding_B1, columns + count, columns)
+        source = torch.where(soft_BL, columns - padding_B1, source)
 
         def widen(rows: Tensor, fill: int) -> Tensor:
-            return F.pad(rows, (count, 0), value=fill)
+            return F.pad(rows, (count, 0), value=fill).gather(-1, source.expand(*rows.shape[:-1], -1))
 
-        first = torch.arange(count, device=self.positions.device)
-        before = first.expand(*self.positions.shape[:-1], count)
         soft = soft_SD.to(self.embeds_BLD.dtype).expand(batch, -1, -1)
+        embeds = torch.cat([soft, self.embeds_BLD], dim=1)
+        counted = torch.where(soft_BL, columns - padding_B1, widen(self.positions, 0) + count)
         return replace(
             self,
-            embeds_BLD=torch.cat([soft, self.embeds_BLD], dim=1),
+            embeds_BLD=embeds.gather(1, source[..., None].expand_as(embeds)),
             mask_BL=widen(self.mask_BL, 1),
             image_BL=widen(self.image_BL, 0),
             answer_BL=widen(self.answer_BL, 0),
-            positions=torch.cat([before, self.positions + count], dim=-1),
+            positions=counted,
+            soft_BL=soft_BL,
+            soft_KSD=later_KSD,
         )
 
     def last_positions(self) -> Tensor:
@@ -87,20 +107,20 @@ def embed(
     embeds_BLD = words(packed.ids_BL)
     width, deep = embeds_BLD.shape[-1], tuple[Tensor, ...]()
     if visual is not None:
-        first, *others = visual.to(embeds_BLD.dtype).split(width, dim=-1)
+        first, *others = torch.split(visual.to(embeds_BLD.dtype), width, dim=-1)
         embeds_BLD = embeds_BLD.masked_scatter(packed.image_BL[..., None], first)
         deep = tuple(others)
     if fused is not None:
         embeds_BLD = embeds_BLD.masked_scatter(packed.fused_BL[..., None], fused.to(embeds_BLD.dtype))
-    return Embedded(embeds_BLD, packed.mask_BL, packed.image_BL, packed.answer_BL, positions, deep)
+    return Embedded(embeds_BLD, packed.mask_BL, packed.image_BL, packed.answer_BL, positions, deep=deep)
 
 
 def positions_of(packed: Packed, rope_index: Callable[..., tuple[Tensor, Tensor]] | None) -> Tensor:
     """Positions of all tokens, padding aside.
 
     Args:
-        rope_index: the `get_rope_index` of a model whose pictures have rows and columns. It reads which tokens
-            are visual and the grids of the pictures; of the ids, only how many there are.
+        rope_index: the `get_rope_index` of a model whose pictures have rows and columns. It reads which
+            tokens are visual and the grids of the pictures; of the ids, only how many there are.
     """
     if rope_index is None or not packed.image_BL.any():
         return (packed.mask_BL.long().cumsum(1) - 1).clamp(min=0)
@@ -113,44 +133,38 @@ def positions_of(packed: Packed, rope_index: Callable[..., tuple[Tensor, Tensor]
     return positions
 
 
-def language_inputs(prompts: Embedded, attends: str, config: Any) -> dict[str, Any]:
+def language_inputs(prompts: Embedded, attends: str, config: Any, cache: Any = None) -> dict[str, Any]:
     """Arguments of a language model's `forward`.
 
     Args:
         attends: as in `families.Family`.
         config: the language model's own.
+        cache: keys and values of what stands before all prompts, if there is something.
     """
+    before = cache.get_seq_length() if cache is not None else 0
     inputs: dict[str, Any] = {
         "inputs_embeds": prompts.embeds_BLD,
-        "attention_mask": prompts.mask_BL,
-        "position_ids": prompts.positions,
+        "attention_mask": F.pad(prompts.mask_BL, (before, 0), value=1),
+        "position_ids": prompts.positions + before,
+        "past_key_values": cache,
     }
+    given = inputs | {"config": config}
     if prompts.deep:
         inputs |= {"visual_pos_masks": prompts.image_BL, "deepstack_visual_embeds": list(prompts.deep)}
     if attends == "pictures":
-        blocks_BL = get_block_sequence_ids_for_mask(prompts.image_BL.int(), device=prompts.image_BL.device)
-        given = _mask_inputs(prompts, config) | {"block_sequence_ids": blocks_BL}
-        inputs["attention_mask"] = create_masks_for_vision_model(**given)
+        image_BL = F.pad(prompts.image_BL.int(), (before, 0))
+        blocks_BL = get_block_sequence_ids_for_mask(image_BL, device=image_BL.device)
+        inputs["attention_mask"] = create_masks_for_vision_model(**given, block_sequence_ids=blocks_BL)
     elif attends == "prefix":
-        inputs["attention_mask"] = _prefix_masks(prompts, config)
+        answer_BL = F.pad(prompts.answer_BL.int(), (before, 0))
+        inputs["attention_mask"] = _prefix_masks(given, answer_BL)
     return inputs
 
 
-def _mask_inputs(prompts: Embedded, config: Any) -> dict[str, Any]:
-    return {
-        "config": config,
-        "inputs_embeds": prompts.embeds_BLD,
-        "attention_mask": prompts.mask_BL,
-        "past_key_values": None,
-        "position_ids": prompts.positions,
-    }
-
-
-def _prefix_masks(prompts: Embedded, config: Any) -> Tensor | Mapping[str, Tensor]:
+def _prefix_masks(given: Mapping[str, Any], answer_BL: Tensor) -> Any:
     """All before the first answer sees all of itself; from there on, each token what came before."""
-    given = _mask_inputs(prompts, config)
-    blocks_BL = torch.where(prompts.answer_BL.int().cumsum(1) > 0, -1, 0)
+    blocks_BL = torch.where(answer_BL.cumsum(1) > 0, -1, 0)
     whole = create_causal_mask(**given, block_sequence_ids=blocks_BL)
-    if getattr(config, "sliding_window", None) is None:
+    if getattr(given["config"], "sliding_window", None) is None:
         return whole
     return {"full_attention": whole, "sliding_attention": create_sliding_window_causal_mask(**given)}

@@ -61,11 +61,6 @@ class PixtralProcessor(ProcessorMixin):
             [image_token, image_break_token, image_end_token]
         )
 
-    @property
-    def model_input_names(self) -> list[str]:
-        """What the model takes of a prompt and its pictures."""
-        return [*super().model_input_names, "image_sizes"]
-
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
         """The tokens that stand for a picture."""
         side = self.patch_size * self.spatial_merge_size
@@ -116,11 +111,15 @@ def load_processor(folder: Path) -> Any:
         processor = _load(folder)
     except BackboneError:
         raise
+    except ImportError as error:
+        raise BackboneError(
+            f"the processor in {folder} needs a package that is not installed: {str(error).strip()}"
+        ) from error
     # Of a torn file the tokenizer library tells by a bare Exception.
     except Exception as error:
         raise BackboneError(
-            f"the processor in {folder} cannot be loaded: {error} (a package that is named here wants to be "
-            "installed; else put the processor's and tokenizer's files there as the model was published)"
+            f"the processor in {folder} cannot be loaded: {str(error).strip()}: put the processor's and "
+            "tokenizer's files there as the model was published"
         ) from error
     if not isinstance(processor, ProcessorMixin):
         raise BackboneError(

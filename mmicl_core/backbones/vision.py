@@ -9,6 +9,7 @@ in its batch; the model then takes the pictures of a batch in one call.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,11 @@ class Vision:
         """Stands for a picture in what the chat template renders."""
         return self._image_token
 
+    @property
+    def placeholder_id(self) -> int:
+        """The token id that a processor writes for each visual token."""
+        return int(self._root.config.image_token_id)
+
     def prepare(self, pictures: Sequence[Image.Image]) -> list[PreparedPicture]:
         """Decoded pictures -> what this model takes of each."""
         if not self._family.one_size:
@@ -102,8 +108,9 @@ class Vision:
         told = self._processor(
             text=[self._image_token], images=[[picture]], return_tensors="pt", add_special_tokens=False
         )
-        marker = self._root.config.image_token_id
-        ids = tuple(VISUAL if token == marker else token for token in told["input_ids"][0].tolist())
+        ids = tuple(
+            VISUAL if token == self.placeholder_id else token for token in told["input_ids"][0].tolist()
+        )
         inputs = {name: torch.as_tensor(value) for name, value in told.items() if name in self._names}
         grid = tuple(inputs[GRID][0].tolist()) if GRID in inputs else ()
         return PreparedPicture(ids, grid, inputs)
@@ -122,8 +129,9 @@ class Vision:
         """
         if batch.features is not None:
             device, dtype = self._place()
-            return torch.cat(batch.features).to(device, dtype)
-        output = self._root.get_image_features(**self._inputs(batch, questions), return_dict=True)
+            # They are kept in 16 bits, which autocast on a CPU cannot join.
+            return torch.cat([features.to(device, dtype) for features in batch.features])
+        output = self._root.get_image_features(**self.inputs(batch, questions), return_dict=True)
         deep = [_flat(features) for features in getattr(output, "deepstack_features", None) or ()]
         visual = torch.cat([_flat(output.pooler_output), *deep], dim=-1)
         if len(visual) != sum(batch.visual_tokens):
@@ -154,12 +162,32 @@ class Vision:
 
         hook = self._entrance.register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            self._root.get_image_features(**self._inputs(batch, [""] * len(batch)), return_dict=True)
+            self._root.get_image_features(**self.inputs(batch, [""] * len(batch)), return_dict=True)
         finally:
             hook.remove()
         return seen[0]
 
-    def _inputs(self, batch: PictureBatch, questions: Sequence[str] | None) -> dict[str, Tensor]:
+    def project_states(self, states_SW: Tensor) -> Tensor:
+        """Visual tokens of S pictures that are one state all over, one token of each, (S, D).
+
+        Args:
+            states_SW: as the blocks of the tower give them, for a projector that does not resample.
+        """
+        config, count = self._root.config, len(states_SW)
+        assert self._family.merges is not None
+        rows = self._family.merges(config)
+        device, dtype = self._place()
+        side_by_side = self._family.tower_width(config) // states_SW.shape[1]
+        states_SRW = states_SW.to(device, dtype).repeat(1, side_by_side)[:, None].repeat(1, rows, 1)
+        if "image_sizes" in inspect.signature(self._entrance.forward).parameters:
+            side = math.isqrt(rows) * config.vision_config.patch_size
+            tokens = self._entrance(states_SRW.flatten(0, 1), [(side, side)] * count)
+        else:
+            tokens = self._entrance(states_SRW)
+        return tokens.reshape(count, -1, tokens.shape[-1])[:, 0]
+
+    def inputs(self, batch: PictureBatch, questions: Sequence[str] | None) -> dict[str, Tensor]:
+        """Arguments of the model's `get_image_features`."""
         device, dtype = self._place()
         inputs = {
             name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)

@@ -15,6 +15,7 @@ __all__ = [
     "EpisodeConfig",
     "InstructionConfig",
     "InterleavedConfig",
+    "KindConfig",
     "Part",
     "SameTaskConfig",
     "ShotStage",
@@ -83,6 +84,13 @@ class TwoWayConfig(Config):
     questions: tuple[str, ...] = Field(default=("This is",), min_length=1)
     """What stands beside every picture of an episode; one is drawn for each episode."""
 
+    wording: Literal["plain", "released"] = "plain"
+    """`plain` asks `questions` and answers with names alone; `released` has the sentences of the released
+    code, see `mmicl_core.data.wordings`."""
+
+    varied: bool = True
+    """Under wordings with many phrasings of the query, draw one; otherwise the first."""
+
 
 class CaptionConfig(Config):
     """True names and descriptions of as many pictures as a 2-way episode of the same row shows."""
@@ -138,13 +146,25 @@ class InstructionConfig(Config):
     """Share of the mixture, in relation to the other tasks' weights."""
 
 
+class KindConfig(Config):
+    """What kind of thing a picture shows, by the corpus's own taxonomy."""
+
+    type: Literal["kind"] = "kind"
+
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the mixture, in relation to the other tasks' weights."""
+
+    demonstrations: int = Field(default=0, ge=0)
+    """Demonstrations of an episode, one of them of the query's kind; none makes it an instruction."""
+
+
 TaskConfig = Annotated[
-    TwoWayConfig | CaptionConfig | InterleavedConfig | SameTaskConfig | InstructionConfig,
+    TwoWayConfig | CaptionConfig | InterleavedConfig | SameTaskConfig | InstructionConfig | KindConfig,
     Field(discriminator="type"),
 ]
 
 # The released code counts shots for each class: its s is half of the paper's k.
-_RELEASED_NAMES = {"positive_name": "random_letters", "negative_name": "true_name"}
+_RELEASED = {"positive_name": "random_letters", "negative_name": "true_name", "wording": "released"}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "2-way": {"min_shots_of_both_classes": 16, "max_shots_of_both_classes": 16},
     "2-way-random": {
@@ -217,7 +237,7 @@ class EpisodeConfig(Config):
             raise ValueError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
         count = given.get("count", cls.model_fields["count"].default)
         stages = [{"episodes": count, **PRESETS[name]}]
-        two_way = {"type": "two_way", **(_RELEASED_NAMES if name.startswith("released") else {})}
+        two_way = {"type": "two_way", **(_RELEASED if name.startswith("released") else {})}
         others = [{"type": "caption"}] if name == "mix" else []
         filled = {"stages": stages, "tasks": [two_way, *others], "same_shots_in_a_row": 1}
         return filled | given

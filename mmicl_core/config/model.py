@@ -30,7 +30,8 @@ class BackboneConfig(Config):
     `new:nano` an untrained nano."""
 
     vision_tower: str | None = None
-    """Folder with the vision tower of an earlier run, to start from instead of the model's own."""
+    """Folder with the vision tower of an earlier run, or of another model whose tower is of the same kind, to
+    start from instead of the model's own."""
 
 
 class AimConfig(Config):
@@ -64,8 +65,8 @@ class MmictConfig(Config):
     type: Literal["mmict"] = "mmict"
 
     demonstrations: Literal["image_text", "text", "image", "none"] = "image_text"
-    """What of a demonstration reaches the language model: its text as guided by its picture (the paper's), its
-    text unguided, its picture's queries alone, or nothing."""
+    """What of a demonstration reaches the language model: its text as guided by its picture (the paper's),
+    its text unguided, its picture's queries alone, or nothing."""
 
     queries: int = Field(default=32, ge=1)
     """Learnt queries, and so visual tokens of a query's picture."""
@@ -73,8 +74,9 @@ class MmictConfig(Config):
     width: int = Field(default=768, ge=1)
     """Width of the hub."""
 
-    layers: int = Field(default=12, ge=1)
-    """Layers of the hub; every second one, from the first, looks at the picture."""
+    layers: int = Field(default=12, ge=2)
+    """Layers of the hub; every second one, from the first, looks at the picture, and what it saw reaches the
+    text in the next."""
 
     heads: int = Field(default=12, ge=1)
     """Attention heads of the hub."""
@@ -82,8 +84,12 @@ class MmictConfig(Config):
     hidden: int = Field(default=3072, ge=1)
     """Width inside the hub's feed-forward layers."""
 
-    longest_text: int = Field(default=128, ge=1)
-    """Tokens that the hub reads of a text; what is longer is cut, and counted."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the hub's activations and attention that training drops. BERT's 0.1 in the released code; none
+    here, so that a run which was stopped and resumed ends as one that was not."""
+
+    longest_text: int = Field(default=128, ge=1, le=512)
+    """Tokens that the hub reads of a text; what is longer is cut, and counted. BERT has 512 positions."""
 
     start: str | None = None
     """Folder to start from: an adapter, or a BLIP-2 or InstructBLIP model whose Q-Former the hub becomes."""
@@ -152,6 +158,18 @@ class LclConfig(Config):
     longest_turn: int = Field(default=2048, ge=1)
     """Text tokens of a turn; what is longer is cut, turn by turn, and counted. A prompt may be longer."""
 
+    start: str | None = None
+    """Folder of an adapter to start from, where `lora_rank` is not 0; a whole model is a `backbone.path`."""
+
+    @model_validator(mode="after")
+    def _starts_from_updates(self) -> Self:
+        if self.start is not None and not self.lora_rank:
+            raise ValueError(
+                f"start ({self.start}) is an adapter, but lora_rank (0) trains whole weights: name the model "
+                "in backbone.path instead"
+            )
+        return self
+
 
 class LoraConfig(Config):
     """Low-rank updates of the language model's matrices (arXiv:2106.09685): a baseline."""
@@ -200,11 +218,14 @@ class MtvConfig(Config):
     steps: int = Field(default=600, ge=1)
     """Steps of the search for heads by REINFORCE."""
 
-    samples: int = Field(default=32, ge=1)
-    """Sets of heads that are drawn in a step."""
+    samples: int = Field(default=32, ge=2)
+    """Sets of heads that are drawn in a step, and compared with each other."""
 
     learning_rate: float = Field(default=0.1, gt=0)
     """Adam's learning rate in that search."""
+
+    batch: int = Field(default=8, ge=1)
+    """Prompts that are read at once."""
 
     start: str | None = None
     """Folder of an adapter to start from."""

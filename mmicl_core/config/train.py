@@ -16,12 +16,20 @@ Condition = Literal[
     "full",
     "swapped",
     "true_name",
+    "kind",
     "adapted_zero_shot",
     "adapted",
     "adapted_swapped",
+    "adapted_kind",
     "mixed",
 ]
-ADAPTED: tuple[Condition, ...] = ("adapted_zero_shot", "adapted", "adapted_swapped", "mixed")
+ADAPTED: tuple[Condition, ...] = (
+    "adapted_zero_shot",
+    "adapted",
+    "adapted_swapped",
+    "adapted_kind",
+    "mixed",
+)
 """Conditions that ask the model with its adapter."""
 
 
@@ -104,10 +112,10 @@ class EvaluateConfig(Config):
     """Pictures that the queries come from."""
 
     conditions: tuple[Condition, ...] = ("zero_shot", "full", "adapted", "swapped")
-    """What the model is shown: nothing, full demonstrations, or these with the two names swapped; `true_name`
-    shows nothing and asks what the model knows the picture as. With an adapter: `adapted_zero_shot`, `adapted`
-    and `adapted_swapped`, the same as the adapter takes demonstrations, and `mixed`, all but the last of them
-    so."""
+    """What the model is shown: nothing, full demonstrations, or these with the two names swapped. `true_name`
+    and `kind` show nothing and ask what the model knows the picture as. With an adapter: `adapted_zero_shot`,
+    `adapted`, `adapted_swapped` and `adapted_kind`, the same as the adapter takes them, and `mixed`, the last
+    demonstration written out in full behind the others."""
 
     adapter: str | None = "embedded:nano_aim"
     """Folder of the adapter behind the adapted conditions."""
@@ -128,7 +136,7 @@ class EvaluateConfig(Config):
     def _adapted_has_an_adapter(self) -> Self:
         if self.adapter is None and any(condition in ADAPTED for condition in self.conditions):
             raise ValueError(
-                f"conditions {list(self.conditions)} ask the model with its adapter, but adapter is None: name "
-                f"the folder of one, or leave {', '.join(ADAPTED)} out"
+                f"conditions {list(self.conditions)} ask the model with its adapter, but adapter is None: "
+                f"name the folder of one, or leave {', '.join(ADAPTED)} out"
             )
         return self

@@ -97,7 +97,7 @@ def pack(
             row.text += [piece.kind == "text"] * len(ids)
             row.labels += ids if piece.scored else [NOT_SCORED] * len(ids)
         rows.append(row)
-    longest = max(len(row.ids) for row in rows)
+    longest = max((len(row.ids) for row in rows), default=0)
     fills = {"ids": padding_id, "image": False, "fused": False, "text": False, "labels": NOT_SCORED}
     padded = {
         name: _pad([vars(row)[name] for row in rows], longest, fill, side) for name, fill in fills.items()

@@ -34,7 +34,7 @@ class PreparedPicture:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     """What the vision part reads, by the model's own names, each with a leading axis of its own."""
     features: np.ndarray[Any, np.dtype[np.floating[Any]]] | None = None
-    """What it gave: visual tokens (V, D), or states of the vision tower (V, W); None where it was not asked."""
+    """What it gave: visual tokens (V, D), or states of the tower (R, W); None where it was not asked."""
 
     @property
     def nbytes(self) -> int:
@@ -120,7 +120,7 @@ def change_version(picture: PreparedPicture, key: str) -> PreparedPicture:
     if pixels is None or len(picture.inputs) > 1 or pixels.ndim != PIXEL_AXES or len(pixels) > 1:
         shapes = {name: tuple(tensor.shape) for name, tensor in picture.inputs.items()}
         raise ConfigError(
-            f"train.picture_variants changes pictures as (3, height, width), but the model reads {shapes}: set "
-            "it to 1"
+            f"train.picture_variants changes pictures as (3, height, width), but the model reads {shapes}: "
+            "set it to 1"
         )
     return PreparedPicture(picture.ids, picture.grid, {PIXELS: augment_versions(pixels, [key])})

@@ -36,6 +36,7 @@ GROUPINGS: Mapping[str, Grouping] = {
     "interleaved": "document",
     "same_task": "task",
     "instruction": "task",
+    "kind": "concept",
 }
 """Task -> what its pictures are grouped by."""
 

@@ -55,6 +55,8 @@ NO_DOCUMENT = "no document has two pictures"
 TOO_FEW_TEXTS = "document with fewer than two texts"
 NO_TASK = "no task has {} pictures"
 NO_CONVERSATION = "task without a conversation"
+NO_KIND = "no concept has a kind"
+TOO_FEW_KINDS = "fewer than {} concepts of its kind and of others"
 NOTHING_TOLD = "task with fewer than {} texts"
 
 CHOICES = frozenset(

@@ -110,6 +110,10 @@ class PictureStore(Mapping[str, PreparedPicture]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)
 
+    def __contains__(self, key: object) -> bool:
+        # A mapping would ask for the picture, and a store says what it lacks by an error of its own.
+        return key in self._arrays
+
     def __getitem__(self, key: str) -> PreparedPicture:
         ids, grid = (tuple(self._arrays.column(key, name).as_py()) for name in ("ids", "grid"))
         return PreparedPicture(ids, grid, features=self._arrays[key])

@@ -12,17 +12,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.data.files import folder_digest
 from mmicl_core.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from mmicl_core.methods.base import Method
 
 __all__ = [
     "CONFIG_FILE",
@@ -37,7 +36,18 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
 
-def save_parameters(method: Method, folder: Path, about: Mapping[str, Any]) -> None:
+class Trained(Protocol):
+    """What is saved: a `base.Method`."""
+
+    backbone: HuggingFaceBackbone
+    config: Any
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that are kept, by name."""
+        ...
+
+
+def save_parameters(method: Trained, folder: Path, about: Mapping[str, Any]) -> None:
     """Write the trained parameters of a method.
 
     Args:
@@ -69,7 +79,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def load_parameters(method: Method, folder: Path) -> None:
+def load_parameters(method: Trained, folder: Path) -> None:
     """Put saved parameters into a method of the same settings around the same model.
 
     Raises:
@@ -112,7 +122,7 @@ def adapter_identity(folder: Path) -> str:
     return folder_digest(folder, (".json", ".safetensors"))
 
 
-def _fits(method: Method) -> dict[str, Any]:
+def _fits(method: Trained) -> dict[str, Any]:
     backbone = method.backbone
     return {
         "method": method.config.type,

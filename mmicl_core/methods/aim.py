@@ -137,10 +137,7 @@ class Aim(Method):
         super().__init__(backbone)
         self.config = config
         self.reader = Reader(backbone, config)
-        words = backbone.model.get_input_embeddings().weight.detach()
-        # Without weights to measure (a model that is only counted) there is no spread.
-        spread = 1.0 if words.is_meta else float(words.float().std())
-        self.aggregator = Aggregator(backbone.width, config, spread)
+        self.aggregator = Aggregator(backbone.width, config, backbone.embedding_spread())
         if config.start is not None:
             load_parameters(self, Path(config.start))
 
@@ -151,8 +148,8 @@ class Aim(Method):
         states: States | None,
         side: Side = "right",
     ) -> AimBatch:
-        """Episodes -> queries behind places for their demonstrations, which are looked up in `states`, or read
-        with the queries. The last `raw` demonstrations are written out."""
+        """Episodes -> queries behind places for their demonstrations, which are looked up in `states`, or
+        read with the queries. The last `raw` demonstrations are written out."""
         prompts, seen, shown, states_TD = list[Prompt](), list[Turn](), list[Turn](), list[Tensor]()
         for row in rows:
             *demonstrations, query = episode_turns(row)
@@ -182,7 +179,7 @@ class Aim(Method):
     def prompt(self, fused: int, turns: Sequence[Turn]) -> Prompt:
         """The prefix, a place for each fused demonstration, and the turns that are written out."""
         pieces = self.chat.conversation(turns, fused)
-        between = self.chat.text(self.config.separator)
+        between = list(self.chat.text(self.config.separator))
         return [
             part for piece in pieces for part in ([piece, *between] if piece.kind == "fused" else [piece])
         ]

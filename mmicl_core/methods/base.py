@@ -14,12 +14,15 @@ from __future__ import annotations
 import random
 from abc import ABC
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from mmicl_core.backbones.decoding import generate
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.language import Embedded
 from mmicl_core.backbones.vision import PictureBatch, join
@@ -102,14 +105,32 @@ class Method(nn.Module, ABC):
             [self.chat.conversation(conversation) for conversation in turns], turns, pictures, side
         )
 
+    @property
+    def cut(self) -> Mapping[str, int]:
+        """What was left out of texts so far, by what it was."""
+        return {}
+
     def embed(self, batch: Any) -> Embedded:
         """A batch as the language model takes it."""
         packed = batch.packed.to(self.backbone.device)
         return self.backbone.embed(packed, self.backbone.see(batch.pictures, batch.questions))
 
+    def applied(self, prompts: Embedded) -> AbstractContextManager[None]:
+        """Whatever a method does to the language model while that reads `prompts`; most do nothing to it."""
+        return nullcontext()
+
     def forward(self, batch: Any) -> Tensor:
         """Negative log-likelihood of every scored target of a batch, one vector."""
-        return self.backbone.answer_nll(self.embed(batch), batch.packed.to(self.backbone.device))
+        prompts = self.embed(batch)
+        with self.applied(prompts):
+            return self.backbone.answer_nll(prompts, batch.packed.to(self.backbone.device))
+
+    @torch.no_grad()
+    def answer(self, batch: Any, max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers to a batch that is padded on the left; ids before the end token."""
+        prompts = self.embed(batch)
+        with self.applied(prompts):
+            return generate(self.backbone, prompts, max_new_tokens)
 
     def lay_out(
         self, prompts: Sequence[Prompt], turns: Sequence[Sequence[Turn]], pictures: Pictures, side: Side

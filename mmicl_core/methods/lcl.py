@@ -2,9 +2,9 @@
 
 Episodes give two look-alike concepts made-up names, and the language model and the projector are trained to
 use the right one for the query; the vision tower is frozen unless asked for. The paper trains all weights on
-the query's answer alone (`answers_scored: last`); `dense` also scores every demonstration whose name has been
-given before, the same task with fewer shots at no further cost, and `lora_rank` trains low-rank updates of the
-language model's matrices instead (Hu et al., 2021, arXiv:2106.09685).
+the query's answer alone (`answers_scored: last`); `dense` also scores every demonstration whose name has
+been given before, the same task with fewer shots at no further cost, and `lora_rank` trains low-rank updates
+of the language model's matrices instead (Hu et al., 2021, arXiv:2106.09685).
 
     loss = -log p(answer | demonstrations, query), demonstrations written out in full
 
@@ -15,14 +15,16 @@ cut (`longest_turn`) on its own, so an episode of any number of shots keeps its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.config.model import LclConfig
-from mmicl_core.methods.base import Method
+from mmicl_core.methods.adapter import load_parameters
+from mmicl_core.methods.base import Method, Pictures, PromptBatch, Side, States, episode_turns
 from mmicl_core.methods.lora import add_lora
+from mmicl_core.prompts import Prompt, Turn
 
 __all__ = ["Lcl"]
 
@@ -36,12 +38,38 @@ class Lcl(Method):
     def __init__(self, backbone: HuggingFaceBackbone, config: LclConfig) -> None:
         super().__init__(backbone)
         self.config = config
+        self._cut_turns = 0
         roles = ["projector"] if config.lora_rank else ["projector", "language_model", "head"]
         for role in [*roles, "vision_tower"] if config.train_vision_tower else roles:
-            for _, parameter in backbone.role_parameters(role):
-                parameter.requires_grad_()
+            backbone.unfreeze(role)
         if config.lora_rank:
             add_lora(backbone, rank=config.lora_rank, alpha=config.lora_alpha)
+        if config.start is not None:
+            load_parameters(self, Path(config.start))
+
+    def collate(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        pictures: Pictures,
+        states: States | None,
+        side: Side = "right",
+    ) -> PromptBatch:
+        """Episodes -> conversations with every picture in its place, no turn longer than `longest_turn`."""
+        turns = [episode_turns(row) for row in rows]
+        return self.lay_out([self._write(conversation) for conversation in turns], turns, pictures, side)
+
+    def _write(self, turns: Sequence[Turn]) -> Prompt:
+        prompt = self.chat.prefix()
+        for turn in turns:
+            pieces, cut = self.chat.cut(turn, self.config.longest_turn)
+            self._cut_turns += cut
+            prompt += pieces
+        return prompt
+
+    @property
+    def cut(self) -> Mapping[str, int]:
+        """Turns that lost the end of their question."""
+        return {"turns": self._cut_turns} if self._cut_turns else {}
 
     def save(self, folder: Path, about: Mapping[str, Any]) -> None:
         """Write low-rank updates and the projector; of a model trained whole, model and processor, as Hugging

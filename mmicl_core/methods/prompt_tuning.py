@@ -38,7 +38,8 @@ class PromptTuning(Method):
             num_transformer_submodules=1,
             prompt_tuning_init=INITIAL[config.initial],
         )
-        self.soft_tokens = PromptEmbedding(settings, backbone.model.get_input_embeddings())
+        embedding: Any = PromptEmbedding
+        self.soft_tokens = embedding(settings, backbone.model.get_input_embeddings())
         if config.start is not None:
             load_parameters(self, Path(config.start))
 

@@ -24,7 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
+from mmicl_core.backbones.hugging_face import (
+    HuggingFaceBackbone,
+    backbone_identity,
+    is_model_folder,
+    load_backbone,
+)
 from mmicl_core.config.model import SupConConfig
 from mmicl_core.data.augment import augment
 from mmicl_core.data.files import file_digest
@@ -57,8 +62,7 @@ class SupCon(Method):
 
     def __init__(self, backbone: HuggingFaceBackbone, config: SupConConfig) -> None:
         super().__init__(backbone)
-        for _, parameter in backbone.role_parameters("vision_tower"):
-            parameter.requires_grad_()
+        backbone.unfreeze("vision_tower")
         width = backbone.vision_width
         self.config = config
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.embedding_width))
@@ -135,23 +139,28 @@ class SupCon(Method):
 
 
 def tower_identity(folder: Path) -> str:
-    """Digest of a trained tower.
+    """Digest of a trained tower, or of the model that it is in.
 
     Raises:
         CheckpointError: there is none.
     """
+    if is_model_folder(folder):
+        return backbone_identity(folder)
     return file_digest(_tower_file(folder))
 
 
 def load_vision_tower(folder: Path, backbone: HuggingFaceBackbone) -> None:
-    """Put a trained tower into a backbone.
+    """Put a trained tower, or that of another model, into a backbone.
 
     Raises:
         CheckpointError: there is none, or it does not fit.
     """
-    path = _tower_file(folder)
     try:
-        backbone.vision_tower.load_state_dict(load_file(path))
+        if is_model_folder(folder):
+            weights = load_backbone(folder).vision_tower.state_dict()
+        else:
+            weights = load_file(_tower_file(folder))
+        backbone.vision_tower.load_state_dict(weights)
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"the vision tower in {folder} does not fit the model: {error}") from error
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from mmicl_core.bank import Bank, Demonstration, Fused, Pack, PackEntry
-from mmicl_core.errors import BankError, CheckpointError, DataError
 from mmicl_core.data.pictures import PreparedPicture
+from mmicl_core.errors import BankError, CheckpointError, DataError
 from mmicl_core.methods import load_method
 from mmicl_core.methods.adapter import adapter_identity
 from mmicl_core.methods.aim import Aim
@@ -44,8 +44,8 @@ class Compressor(Replica):
         method = load_method(adapter, self.backbone)
         if not isinstance(method, Aim):
             raise CheckpointError(
-                f"the adapter in {adapter} is of method {method.config.type!r}, but demonstrations are fused by "
-                "'aim': name the folder of an AIM adapter in serve.adapter"
+                f"the adapter in {adapter} is of method {method.config.type!r}, but demonstrations are fused "
+                "by 'aim': name the folder of an AIM adapter in serve.adapter"
             )
         self._aim = method
         self._bank = Bank(

@@ -1,8 +1,8 @@
 """A request as turns and pictures. Nothing is fetched and nothing is opened: pictures come as bytes.
 
-A `user` message is a question about any number of pictures, an `assistant` message its answer; turns with an
-answer are demonstrations written out in full. Pictures stand where the model's chat template puts them, before
-the text, wherever they stood in the message.
+A `user` message is a question about any number of pictures, an `assistant` message its answer; turns with
+an answer are demonstrations written out in full. Pictures stand where the model's chat template puts them,
+before the text, wherever they stood in the message.
 """
 
 from __future__ import annotations

@@ -9,13 +9,15 @@ import pytest
 from mmicl_core.bank import Bank, Demonstration, UnknownPackError
 from mmicl_core.errors import BankError
 
-CAT = Demonstration(b"picture of a cat", "This is", "bako")
-CUP = Demonstration(b"picture of a cup", "This is", "mute")
+CAT = Demonstration((b"picture of a cat",), "This is", "bako")
+CUP = Demonstration((b"picture of a cup",), "This is", "mute")
+PAIR = Demonstration((b"picture of a cat", b"picture of a cup"), "Alike?", "no")
+MODEL = {"backbone": "model-a", "template": "template-a", "adapter": "projection-a"}
 TOKENS_FULL = (31, 29)
 
 
-def open_bank(folder: Path, backbone: str = "model-a", aggregator: str = "projection-a") -> Bank:
-    return Bank(folder, backbone=backbone, aggregator=aggregator)
+def open_bank(folder: Path, **other: str) -> Bank:
+    return Bank(folder, **MODEL | other)
 
 
 def fused_tokens() -> list[np.ndarray]:
@@ -46,7 +48,11 @@ def test_pack_stored_twice_has_one_id_and_one_file(tmp_path):
         [CUP, CAT],
         [CAT],
         [CAT, CUP, CUP],
-        [replace(CAT, image=b"another picture"), CUP],
+        [replace(CAT, images=(b"another picture",)), CUP],
+        [replace(CAT, images=()), CUP],
+        [replace(CAT, images=CAT.images * 2), CUP],
+        [replace(CAT, images=CAT.images + CUP.images), CUP],
+        [replace(CAT, images=(), question="picture of a cat", answer="This isbako"), CUP],
         [replace(CAT, question="What is it?"), CUP],
         [replace(CAT, answer="bak"), CUP],
         [replace(CAT, question="This i", answer="sbako"), CUP],
@@ -57,7 +63,29 @@ def test_pack_id_differs_for_any_other_content(tmp_path, other):
     assert bank.name(other) != bank.name([CAT, CUP])
 
 
-@pytest.mark.parametrize("model", [{"backbone": "model-b"}, {"aggregator": "projection-b"}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(PAIR, images=PAIR.images[::-1]),
+        replace(PAIR, images=PAIR.images[:1]),
+        replace(PAIR, images=PAIR.images[1:]),
+        replace(PAIR, images=(*PAIR.images, PAIR.images[1])),
+        replace(PAIR, images=(b"".join(PAIR.images),)),
+        replace(PAIR, images=(b"picture of a ca", b"tpicture of a cup")),
+        # What would be a picture is a question, and the other way round.
+        replace(PAIR, images=PAIR.images[:1], question="picture of a cup", answer="Alike?no"),
+    ],
+)
+def test_pack_id_differs_for_another_number_or_order_of_pictures(tmp_path, other):
+    bank = open_bank(tmp_path)
+    assert bank.name([PAIR]) == open_bank(tmp_path).name([replace(PAIR)])
+    assert bank.name([other]) != bank.name([PAIR])
+    assert bank.name([other, CAT]) != bank.name([PAIR, CAT])
+
+
+@pytest.mark.parametrize(
+    "model", [{"backbone": "model-b"}, {"template": "template-b"}, {"adapter": "projection-b"}]
+)
 def test_pack_made_for_another_model_is_refused_by_name_and_by_content(tmp_path, model):
     stored = open_bank(tmp_path).put([CAT, CUP], fused_tokens(), TOKENS_FULL)
     other = open_bank(tmp_path, **model)

@@ -138,13 +138,13 @@ def test_config_schema_is_json_schema_of_every_section(capsys):
 
 def test_verb_runs_its_program_with_settings_and_folder(capsys, tmp_path, no_ray, program):
     seen = []
-    program("pipelines.evaluate", "evaluate", lambda run, root: seen.append((run, root)) or [{"fused": 1}])
+    program("pipelines.evaluate", "evaluate", lambda run, root: seen.append((run, root)) or [{"adapted": 1}])
     folder = tmp_path / "a" / "b"
     assert cli.main(["evaluate", "--output", str(folder), "--evaluate.queries", "9"]) == 0
     ((run, root),) = seen
     assert (run.evaluate.queries, root) == (9, folder)
     assert folder.is_dir()
-    assert json.loads(capsys.readouterr().out) == [{"fused": 1}]
+    assert json.loads(capsys.readouterr().out) == [{"adapted": 1}]
     assert no_ray == ["up, verbose False", "down"]
 
 

@@ -193,7 +193,7 @@ def test_embedder_tells_what_it_needs_and_gives(folders, kind, side, widths, com
 
 def test_vision_tower_gives_the_mean_of_its_tokens(folders):
     backbone = load_backbone(folders["backbone"])
-    tokens = backbone.encode_pixels(backbone.pixels([PICTURES[3]]))[0].numpy()
+    tokens = backbone.vision.tower_states(backbone.prepare([PICTURES[3]]))[0].numpy()
     mean = tokens.mean(0)
     found = build("tower", folders).pictures([PICTURES[3]])[0]
     np.testing.assert_allclose(found, mean / np.linalg.norm(mean), atol=CLOSE)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mmicl_core.errors import BackboneError, DataError
-from mmicl_core.prompts import IMAGE, ChatFormat, Piece, Turn
+from mmicl_core.prompts import IMAGE, ChatFormat, Piece, Turn, count_text, demonstration_key
 from tests.fakes import tiny_backbone
 
 
@@ -23,20 +23,28 @@ class _Processor:
     """A processor whose chat template is a function of the turns and of whether an answer is asked for."""
 
     tokenizer = _Letters()
-    image_token = "<image>"
 
     def __init__(self, template: Any) -> None:
-        self._template = template
+        self.chat_template = template
 
     def apply_chat_template(
-        self, messages: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        chat_template: Any,
+        tokenize: bool,
+        add_generation_prompt: bool,
     ) -> str:
         assert not tokenize
         spoken = []
         for message in messages:
             parts = [part.get("text", "<image>") for part in message["content"]]
             spoken.append((message["role"], "".join(parts)))
-        return str(self._template(spoken, add_generation_prompt))
+        return str(chat_template(spoken, add_generation_prompt))
+
+
+def _chat(template: Any, of_family: Any = None) -> ChatFormat:
+    return ChatFormat(_Processor(template), "<image>", of_family)
 
 
 def _vicuna(spoken: list[tuple[str, str]], asks: bool) -> str:
@@ -52,10 +60,11 @@ def _text(pieces: list[Piece]) -> str:
 
 
 def test_prefix_and_turns_of_nano_join_to_what_its_template_writes() -> None:
-    processor = tiny_backbone().processor
-    chat = ChatFormat(processor)
-    turns = [Turn("a", "This is", "bako"), Turn("b", "This is", "mute"), Turn("c", "This is", None)]
+    backbone = tiny_backbone()
+    chat, processor = backbone.chat, backbone.processor
+    turns = [Turn(("a",), "This is", "bako"), Turn(("b",), "This is", "mute"), Turn(("c",), "This is", None)]
     pieces = [*chat.prefix(), *(piece for turn in turns for piece in chat.turn(turn))]
+    assert chat.conversation(turns) == pieces
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
     ids = [token for piece in pieces for token in (piece.ids if piece.kind == "text" else [image])]
     text = "<s><image>This is<answer>bako</s><image>This is<answer>mute</s><image>This is<answer>"
@@ -64,37 +73,102 @@ def test_prefix_and_turns_of_nano_join_to_what_its_template_writes() -> None:
 
 
 def test_prefix_of_a_template_with_a_system_message_stands_once() -> None:
-    chat = ChatFormat(_Processor(_vicuna))
+    chat = _chat(_vicuna)
     assert _text(chat.prefix()) == "A chat. "
-    assert _text(chat.turn(Turn("a", "What?", "A cat"))) == "USER: <image>What? ASSISTANT: A cat</s>"
-    assert _text(chat.turn(Turn(None, "What?", None))) == "USER: What? ASSISTANT:"
+    assert _text(chat.turn(Turn(("a",), "What?", "A cat"))) == "USER: <image>What? ASSISTANT: A cat</s>"
+    assert _text(chat.turn(Turn((), "What?", None))) == "USER: What? ASSISTANT:"
+
+
+def test_places_of_fused_demonstrations_stand_between_the_prefix_and_the_turns() -> None:
+    chat = _chat(_vicuna)
+    turn = Turn(("a",), "What?", "A cat")
+    prefix, first, second, *rest = chat.conversation([turn], fused=2)
+    assert [prefix] == chat.prefix() and rest == chat.turn(turn)
+    assert (first, second) == (Piece("fused", reference="0"), Piece("fused", reference="1"))
+
+
+def test_pictures_of_one_turn_stand_in_their_order_each_at_its_place() -> None:
+    chat = _chat(_vicuna)
+    pieces = chat.turn(Turn(("b", "a"), "Alike?", "No"))
+    assert _text(pieces) == "USER: <image><image>Alike? ASSISTANT: No</s>"
+    assert [piece.reference for piece in pieces if piece.kind == IMAGE] == ["b", "a"]
+
+
+def test_text_of_a_prompt_is_counted_without_its_pictures_and_places() -> None:
+    chat = _chat(_vicuna)
+    prompt = chat.conversation([Turn(("a", "b"), "What?", None)], fused=3)
+    # A token is a letter here.
+    assert count_text(prompt) == len("A chat. USER: What? ASSISTANT:")
+
+
+def test_key_of_a_demonstration_tells_its_pictures_their_order_and_its_words_apart() -> None:
+    turns = [
+        Turn(("a",), "What?", "A cat"),
+        Turn(("b",), "What?", "A cat"),
+        Turn((), "What?", "A cat"),
+        Turn(("a", "b"), "What?", "A cat"),
+        Turn(("b", "a"), "What?", "A cat"),
+        Turn(("a", "a"), "What?", "A cat"),
+        Turn(("a",), "Who?", "A cat"),
+        Turn(("a",), "What?", "A cup"),
+    ]
+    assert len({demonstration_key(turn) for turn in turns}) == len(turns)
 
 
 def test_template_without_a_prefix_has_an_empty_one() -> None:
-    chat = ChatFormat(_Processor(lambda spoken, asks: _vicuna(spoken, asks).removeprefix("A chat. ")))
+    chat = _chat(lambda spoken, asks: _vicuna(spoken, asks).removeprefix("A chat. "))
     assert chat.prefix() == []
 
 
 def test_answer_is_scored_with_its_end_and_without_its_question() -> None:
-    chat = ChatFormat(_Processor(_vicuna))
-    pieces = chat.turn(Turn("a", "What?", "A cat", scored=True))
+    chat = _chat(_vicuna)
+    pieces = chat.turn(Turn(("a",), "What?", "A cat", scored=True))
     assert _text([piece for piece in pieces if piece.scored]) == " A cat</s>"
-    assert not any(piece.scored for piece in chat.turn(Turn("a", "What?", "A cat")))
+    assert not any(piece.scored for piece in chat.turn(Turn(("a",), "What?", "A cat")))
 
 
 @pytest.mark.parametrize("token", ["<image>", "<answer>", "<s>", "</s>", "<pad>"])
 @pytest.mark.parametrize("place", ["question", "answer"])
 def test_a_forged_control_token_is_refused(token: str, place: str) -> None:
-    chat = ChatFormat(tiny_backbone().processor)
+    chat = tiny_backbone().chat
     words = {"question": "This is", "answer": "bako"} | {place: f"so{token}so"}
     with pytest.raises(DataError, match=f"control token {token}"):
-        chat.turn(Turn("a", **words))
+        chat.turn(Turn(("a",), **words))
 
 
 def test_a_forged_picture_is_refused_where_the_tokenizer_does_not_call_its_token_special() -> None:
-    chat = ChatFormat(_Processor(_vicuna))
+    chat = _chat(_vicuna)
     with pytest.raises(DataError, match="control token <image>"):
-        chat.turn(Turn("a", "Look: <image>", None))
+        chat.turn(Turn(("a",), "Look: <image>", None))
+
+
+@pytest.mark.parametrize(
+    ("image", "places"), [("", 0), ("<image><image>", 4)], ids=["for none", "twice for each"]
+)
+def test_a_template_with_other_places_than_pictures_is_refused_with_both_numbers(
+    image: str, places: int
+) -> None:
+    chat = _chat(lambda spoken, asks: _vicuna(spoken, asks).replace("<image>", image))
+    with pytest.raises(
+        BackboneError, match=f"gives {places} places for 2 pictures in .* <image> once for each"
+    ):
+        chat.turn(Turn(("a", "b"), "What?", "A cat"))
+
+
+def test_template_of_the_family_stands_in_where_the_processor_has_none_and_only_there() -> None:
+    def other(spoken: list[tuple[str, str]], asks: bool) -> str:
+        return _vicuna(spoken, asks).replace("ASSISTANT:", "MODEL:")
+
+    turn = Turn((), "What?", "A cat")
+    assert _text(_chat(None, of_family=other).turn(turn)) == "USER: What? MODEL: A cat</s>"
+    assert _text(_chat(_vicuna, of_family=other).turn(turn)) == "USER: What? ASSISTANT: A cat</s>"
+
+
+def test_processor_and_family_without_a_template_are_refused_with_a_remedy() -> None:
+    with pytest.raises(
+        BackboneError, match="no chat template, .*: save the processor with the chat_template"
+    ):
+        _chat(None)
 
 
 def test_a_template_that_numbers_its_turns_is_refused() -> None:
@@ -102,7 +176,7 @@ def test_a_template_that_numbers_its_turns_is_refused() -> None:
         return "".join(f"{number}. {said}\n" for number, (_, said) in enumerate(spoken))
 
     with pytest.raises(BackboneError, match="writes a second turn differently"):
-        ChatFormat(_Processor(numbered))
+        _chat(numbered)
 
 
 def test_a_template_that_puts_all_pictures_first_is_refused() -> None:
@@ -111,7 +185,7 @@ def test_a_template_that_puts_all_pictures_first_is_refused() -> None:
         return "<image>" * text.count("<image>") + text.replace("<image>", "")
 
     with pytest.raises(BackboneError, match="demonstrations could not be cached apart"):
-        ChatFormat(_Processor(gathered))
+        _chat(gathered)
 
 
 def test_a_template_that_asks_in_other_words_than_it_answers_is_refused() -> None:
@@ -119,10 +193,10 @@ def test_a_template_that_asks_in_other_words_than_it_answers_is_refused() -> Non
         return _vicuna(spoken, False) + ("MODEL:" if asks else "")
 
     with pytest.raises(BackboneError, match="does not begin with"):
-        ChatFormat(_Processor(another)).turn(Turn("a", "What?", "A cat"))
+        _chat(another).turn(Turn(("a",), "What?", "A cat"))
 
 
 def test_decoding_gives_the_words_without_control_tokens() -> None:
-    processor = tiny_backbone().processor
-    ids = processor.tokenizer("bako</s>", add_special_tokens=False)["input_ids"]
-    assert ChatFormat(processor).decode(ids) == "bako"
+    backbone = tiny_backbone()
+    ids = backbone.tokenizer("bako</s>", add_special_tokens=False)["input_ids"]
+    assert backbone.chat.decode(ids) == "bako"

@@ -55,7 +55,7 @@ def test_nested_list_is_written_as_json():
 
 def test_none_is_written_none():
     conditions = ("--evaluate.conditions", "full")
-    assert parse("--evaluate.aggregator", "none", *conditions).run.evaluate.aggregator is None
+    assert parse("--evaluate.adapter", "none", *conditions).run.evaluate.adapter is None
 
 
 def test_truth_is_written_as_a_value():
@@ -82,7 +82,10 @@ def test_value_may_follow_an_equals_sign():
         (["--train.global_batch", "33"], r"global_batch \(33\) must be a multiple of num_workers \(2\)"),
         (["--episodes.stages", "[{"], r"episodes\.stages.*`mmicl train --help`"),
         (["--evaluate.conditions", "{'a': 1}"], r"evaluate.*double quotes.*`mmicl train --help`"),
-        (["--method.type", "magic"], "'magic'.*'aim', 'lcl', 'supcon'"),
+        (
+            ["--method.type", "magic"],
+            "'magic'.*'aim', 'mmict', 'm2pt', 'lcl', 'lora', 'prompt_tuning', 'mtv', 'supcon'",
+        ),
     ],
 )
 def test_mistake_is_one_sentence_with_a_remedy(arguments, sentence):

@@ -9,7 +9,7 @@ import pytest
 
 from mmicl_core.data.schema import EPISODE
 from mmicl_core.prompts import Turn, demonstration_key
-from pipelines.wanted import KEY, catalogued_pictures, demonstrations, shown_pictures
+from pipelines.wanted import KEY, as_turn, catalogued_pictures, demonstrations, shown_pictures
 from tests.fakes import write_catalogue
 
 
@@ -44,8 +44,13 @@ def test_demonstrations_are_all_turns_before_the_query_under_the_key_that_method
     rows = demonstrations(episodes).to_pylist()
     assert [row["answer"] for row in rows] == ["bako", "mute", "a cat"]
     for row in rows:
-        turn = Turn(row["picture"], row["question"], row["answer"])
+        turn = Turn((row["picture"],), row["question"], row["answer"])
         assert row[KEY] == demonstration_key(turn)
+
+
+def test_demonstration_without_a_picture_is_a_turn_without_one() -> None:
+    assert as_turn(None, "And its colour?", "grey") == Turn((), "And its colour?", "grey")
+    assert as_turn("a", "This is", "bako") == Turn(("a",), "This is", "bako")
 
 
 def test_catalogued_pictures_are_those_that_training_may_see(tmp_path: Path) -> None:

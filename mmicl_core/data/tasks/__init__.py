@@ -14,6 +14,7 @@ from mmicl_core.data.pool import Pool
 from mmicl_core.data.tasks.caption import plan_caption
 from mmicl_core.data.tasks.instruction import plan_instruction
 from mmicl_core.data.tasks.interleaved import plan_interleaved
+from mmicl_core.data.tasks.kind import plan_kind
 from mmicl_core.data.tasks.same_task import plan_same_task
 from mmicl_core.data.tasks.two_way import plan_two_way
 
@@ -25,4 +26,5 @@ TASKS: Mapping[str, Callable[[Slot, Any, Pool, random.Random], Plan | str]] = {
     "interleaved": plan_interleaved,
     "same_task": plan_same_task,
     "instruction": plan_instruction,
+    "kind": plan_kind,
 }

@@ -25,6 +25,7 @@ from mmicl_core.data.neighbours import draw_weights
 from mmicl_core.data.plans import Plan, Slot
 from mmicl_core.data.pool import Pool
 from mmicl_core.data.sections import Able, Section, shuffled
+from mmicl_core.data.wordings import WORDINGS
 
 __all__ = ["draw_neighbour", "plan_two_way"]
 
@@ -49,15 +50,16 @@ def plan_two_way(slot: Slot, task: TwoWayConfig, pool: Pool, rng: random.Random)
             return reasons.LOOK_ALIKES
         shown += [(picture, name) for picture in pictures]
     rng.shuffle(shown)
-    answers = [*(name for _, name in shown), names[right]]
+    named = [*(name for _, name in shown), names[right]]
+    questions, answers = _words(task, named, rng)
     rank, similarity = _rank(pool, *classes)
     return Plan(
         slot,
         task.type,
         pictures=[*(picture for picture, _ in shown), query],
-        questions=[rng.choice(task.questions)] * len(answers),
+        questions=questions,
         answers=answers,
-        scored=_scored(answers, dense=task.answers_scored == "dense"),
+        scored=_scored(named, dense=task.answers_scored == "dense"),
         demonstrations=slot.shots,
         other=names[1 - right],
         concepts=classes,
@@ -132,6 +134,20 @@ def _rank(pool: Pool, anchor: int, negative: int) -> tuple[int | None, float | N
     neighbours, similarity = pool.neighbours(anchor)
     places = np.flatnonzero(neighbours == negative)
     return (int(places[0]) + 1, float(similarity[places[0]])) if len(places) else (None, None)
+
+
+def _words(task: TwoWayConfig, named: list[str], rng: random.Random) -> tuple[list[str], list[str]]:
+    """Questions and answers of all turns, the query's last."""
+    wording, question = WORDINGS[task.wording], rng.choice(task.questions)
+    *shown, right = named
+    questions = [wording.shown_question or question] * len(shown)
+    asked = question
+    if wording.asked_questions:
+        asked = rng.choice(wording.asked_questions) if task.varied else wording.asked_questions[0]
+    if questions:
+        questions[0] = wording.opening + questions[0]
+    answers = [wording.shown_answer.format(name=name) for name in shown]
+    return [*questions, wording.asked_prefix + asked], [*answers, wording.asked_answer.format(name=right)]
 
 
 def _scored(answers: list[str], *, dense: bool) -> list[bool]:

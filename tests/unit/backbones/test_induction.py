@@ -12,11 +12,10 @@ from PIL import Image
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.induction import start_projector
 from mmicl_core.backbones.nano import build_nano
+from mmicl_core.backbones.vision import join
 from mmicl_core.data.collate import pack
 from mmicl_core.data.names import SYLLABLES
-from mmicl_core.methods.base import prompt_embeddings
-from mmicl_core.methods.lcl import full_prompt
-from mmicl_core.prompts import ChatFormat, Turn
+from mmicl_core.prompts import Turn
 from tests.fakes import draw_picture
 
 QUESTION = "This is"
@@ -39,8 +38,9 @@ def nano(pictures: Sequence[Image.Image]) -> HuggingFaceBackbone:
 def _attention(nano: HuggingFaceBackbone, ids: list[int], layer: int) -> torch.Tensor:
     """Attention from the last token, (heads, tokens)."""
     nano.model.set_attn_implementation("eager")
+    embeds_BLD = nano.model.get_input_embeddings()(torch.tensor([ids]))
     with torch.no_grad():
-        output = nano.language_model(inputs_embeds=nano.embed(torch.tensor([ids])), output_attentions=True)
+        output = nano.language_model(inputs_embeds=embeds_BLD, output_attentions=True)
     attention: torch.Tensor = output.attentions[layer][0, :, -1]
     return attention
 
@@ -48,20 +48,20 @@ def _attention(nano: HuggingFaceBackbone, ids: list[int], layer: int) -> torch.T
 def _logits(
     nano: HuggingFaceBackbone, pictures: Sequence[Image.Image], answers: Sequence[str | None]
 ) -> torch.Tensor:
-    turns = [Turn(str(number), QUESTION, answer) for number, answer in enumerate(answers)]
-    prompt = full_prompt(ChatFormat(nano.processor), turns)
-    packed = pack([prompt], visual_tokens=nano.visual_tokens, padding_id=0)
+    turns = [Turn((str(number),), QUESTION, answer) for number, answer in enumerate(answers)]
+    prepared = nano.prepare(pictures)
+    packed = pack([nano.chat.conversation(turns)], pictures=prepared, padding_id=0)
     with torch.no_grad():
-        vision = nano.encode_pixels(nano.pixels(pictures))
-        hidden = nano.hidden(prompt_embeddings(nano, packed, vision), packed.mask_BL)
-        return nano.logits(hidden[0, -1])
+        prompt = nano.embed(packed, nano.see(join(prepared)))
+        return nano.logits(nano.read(prompt).last_hidden_state[0, -1])
 
 
 def test_visual_tokens_begin_as_long_as_words_and_in_the_same_directions(
     nano: HuggingFaceBackbone, pictures: Sequence[Image.Image]
 ) -> None:
     with torch.no_grad():
-        tokens = nano.project(nano.encode_pixels(nano.pixels(pictures))).flatten(0, 1)
+        tokens = nano.see(join(nano.prepare(pictures)))
+    assert tokens is not None
     words = nano.language_model.get_input_embeddings().weight.detach()
     lengths = [rows.square().sum(1).mean().sqrt() for rows in (tokens, words)]
     torch.testing.assert_close(*lengths, rtol=0.05, atol=0)

@@ -13,11 +13,11 @@ from PIL import Image
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, load_backbone
 from mmicl_core.backbones.nano import PATCH_PIXELS, build_nano, whiten_patches
+from mmicl_core.backbones.vision import join
 from mmicl_core.data.collate import pack
 from mmicl_core.data.names import SYLLABLES
-from mmicl_core.methods.base import prompt_embeddings
-from mmicl_core.methods.lcl import full_prompt
-from mmicl_core.prompts import ChatFormat, Turn
+from mmicl_core.data.pictures import VISUAL
+from mmicl_core.prompts import Turn, count_text
 from tests.fakes import draw_picture
 
 LARGEST_MODEL_PARAMETERS = 15_000_000
@@ -56,8 +56,14 @@ def nano() -> HuggingFaceBackbone:
 
 def test_nano_is_small_and_reads_enough_visual_tokens(nano: HuggingFaceBackbone) -> None:
     assert sum(parameter.numel() for parameter in nano.parameters()) <= LARGEST_MODEL_PARAMETERS
-    assert nano.visual_tokens >= FEWEST_VISUAL_TOKENS
-    assert nano.encode_pixels(nano.pixels([draw_picture(0)])).shape[1] == nano.visual_tokens
+    (prepared,) = nano.prepare([draw_picture(0)])
+    visual_tokens = sum(token == VISUAL for token in prepared.ids)
+    assert visual_tokens >= FEWEST_VISUAL_TOKENS
+    # Nothing stands around them in a prompt.
+    assert len(prepared.ids) == visual_tokens
+    seen = nano.see(join([prepared]))
+    assert seen is not None and len(seen) == visual_tokens
+    assert len(nano.vision.tower_states([prepared])[0]) == visual_tokens
 
 
 def test_made_up_names_are_two_tokens_whatever_words_the_corpus_holds(nano: HuggingFaceBackbone) -> None:
@@ -68,9 +74,9 @@ def test_made_up_names_are_two_tokens_whatever_words_the_corpus_holds(nano: Hugg
 
 
 def test_demonstration_of_nano_costs_31_tokens_full_and_6_fused(nano: HuggingFaceBackbone) -> None:
-    pieces = ChatFormat(nano.processor).turn(Turn("a", "This is", "bako"))
-    text = sum(len(piece.ids) for piece in pieces)
-    assert (nano.visual_tokens + text, text) == (31, 6)
+    (prepared,) = nano.prepare([draw_picture(0)])
+    text = count_text(nano.chat.turn(Turn(("a",), "This is", "bako")))
+    assert (len(prepared.ids) + text, text) == (31, 6)
 
 
 def test_tokenizer_gives_back_any_text(nano: HuggingFaceBackbone) -> None:
@@ -99,8 +105,9 @@ def test_whitened_patches_differ_alike_in_every_direction() -> None:
 
 def _spread_of_patches(backbone: HuggingFaceBackbone, pictures: list[Image.Image]) -> torch.Tensor:
     """Spread of the patch embeddings along their principal directions, largest first."""
+    pixels = join(backbone.prepare(pictures)).inputs["pixel_values"]
     with torch.no_grad():
-        seen = backbone.vision_tower.embeddings.patch_embedding(backbone.pixels(pictures))
+        seen = backbone.vision_tower.embeddings.patch_embedding(pixels)
     rows = seen.permute(0, 2, 3, 1).reshape(-1, seen.shape[1])
     return torch.linalg.svdvals(rows - rows.mean(0))
 
@@ -136,10 +143,9 @@ def test_saved_nano_gives_the_same_scores_with_nothing_of_ours_imported(
 
 
 def _scores_by_our_prompt(backbone: HuggingFaceBackbone, pictures: list[Image.Image]) -> np.ndarray:
-    turns = [Turn("0", "This is", "bako"), Turn("1", "This is", None)]
-    prompt = full_prompt(ChatFormat(backbone.processor), turns)
-    packed = pack([prompt], visual_tokens=backbone.visual_tokens, padding_id=0)
+    turns = [Turn(("0",), "This is", "bako"), Turn(("1",), "This is", None)]
+    prepared = backbone.prepare(pictures)
+    packed = pack([backbone.chat.conversation(turns)], pictures=prepared, padding_id=0)
     with torch.no_grad():
-        vision = backbone.encode_pixels(backbone.pixels(pictures))
-        hidden = backbone.hidden(prompt_embeddings(backbone, packed, vision), packed.mask_BL)
-        return backbone.logits(hidden[0, -1]).numpy()
+        prompt = backbone.embed(packed, backbone.see(join(prepared)))
+        return backbone.logits(backbone.read(prompt).last_hidden_state[0, -1]).numpy()

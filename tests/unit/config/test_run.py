@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from mmicl_core.config.model import AimConfig, LclConfig
 from mmicl_core.config.run import RunConfig, load_run
+from mmicl_core.config.train import ADAPTED
 from mmicl_core.errors import ConfigError
 
 
@@ -152,10 +153,13 @@ def test_pairs_that_a_batch_would_split_are_refused(train):
     RunConfig.model_validate({"method": {"type": "aim"}, "train": train})
 
 
-def test_fused_condition_without_an_aggregator_is_refused():
-    with pytest.raises(ValidationError, match="aggregator is None"):
-        RunConfig.model_validate({"evaluate": {"aggregator": None}})
-    RunConfig.model_validate({"evaluate": {"aggregator": None, "conditions": ["full"]}})
+def test_adapted_conditions_without_an_adapter_are_refused():
+    with pytest.raises(ValidationError, match="adapter is None"):
+        RunConfig.model_validate({"evaluate": {"adapter": None}})
+    for condition in ADAPTED:
+        with pytest.raises(ValidationError, match=f"{condition}'.* adapter is None: name the folder"):
+            RunConfig.model_validate({"evaluate": {"adapter": None, "conditions": ["full", condition]}})
+    RunConfig.model_validate({"evaluate": {"adapter": None, "conditions": ["full"]}})
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mmicl_core.data.augment import augment_versions, variant_key
-from mmicl_core.data.pictures import PixelStore, images_of
+from mmicl_core.data.pictures import VISUAL, PixelStore, PreparedPicture, change_version, images_of
 from mmicl_core.data.storage import CORPUS, Location, PictureReader
+from mmicl_core.errors import ConfigError
 from tests.fakes import draw_picture, encode_picture
 
 
@@ -34,9 +37,24 @@ def _turns(folder: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     return turns
 
 
-def _prepare(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    arrays = [np.asarray(picture, dtype=np.float32) / 127.5 - 1 for picture in pictures]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+IDS, GRID = (5, VISUAL, VISUAL), (1, 2, 4)
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+
+
+def _prepare(pictures: Sequence[Image.Image]) -> list[PreparedPicture]:
+    return [PreparedPicture(IDS, GRID, {"pixel_values": _pixels(picture)}) for picture in pictures]
+
+
+def _prepare_for_another(pictures: Sequence[Image.Image]) -> list[PreparedPicture]:
+    """As a model does that reads a grid beside patches."""
+    grid = torch.tensor([[1, 70_001, 4]])
+    return [
+        PreparedPicture(IDS, GRID, {"pixel_values": _pixels(picture), "image_grid_thw": grid})
+        for picture in pictures
+    ]
 
 
 def test_pixel_store_gives_a_picture_as_it_is_and_its_versions_augmented(tmp_path: Path) -> None:
@@ -45,21 +63,55 @@ def test_pixel_store_gives_a_picture_as_it_is_and_its_versions_augmented(tmp_pat
     store = PixelStore(_CountingReader(tmp_path), _prepare)
     seen = store.look([*turns, {"picture": None}, turns[1] | {"picture": version, "version": 3}])
     assert seen.keys() == {"a", "b", version}
-    plain = _prepare([draw_picture(1)]).half().float()
-    np.testing.assert_array_equal(seen["b"], plain[0].numpy())
-    np.testing.assert_array_equal(seen[version], augment_versions(plain, [version])[0].numpy())
-    assert not np.array_equal(seen[version], seen["b"])
+    plain = _pixels(draw_picture(1)).half().float()
+    found = {key: seen[key].inputs["pixel_values"] for key in seen}
+    assert torch.equal(found["b"], plain)
+    assert torch.equal(found[version], augment_versions(plain, [version]))
+    assert not torch.equal(found[version], found["b"])
+    # A version stands in the prompt where the picture does.
+    assert all((one.ids, one.grid, one.features) == (IDS, GRID, None) for one in seen.values())
+
+
+def test_pixel_store_keeps_whole_numbers_that_16_bits_would_change(tmp_path: Path) -> None:
+    store = PixelStore(_CountingReader(tmp_path), _prepare_for_another)
+    turns = _turns(tmp_path, ["a"])
+    for _ in range(2):
+        inputs = store.look(turns)["a"].inputs
+        assert inputs["image_grid_thw"].tolist() == [[1, 70_001, 4]]
+        assert torch.equal(inputs["pixel_values"], _pixels(draw_picture(0)).half().float())
+
+
+def test_pixel_store_refuses_versions_for_a_model_that_reads_more_than_pixels(tmp_path: Path) -> None:
+    store = PixelStore(_CountingReader(tmp_path), _prepare_for_another)
+    (turn,) = _turns(tmp_path, ["a"])
+    with pytest.raises(
+        ConfigError, match=r"train\.picture_variants .* 'image_grid_thw': \(1, 3\)}: set it to 1"
+    ):
+        store.look([turn | {"picture": variant_key("a", 1), "version": 1}])
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [{"pixel_values": (6, 1176)}, {"pixel_values": (2, 3, 8, 8)}, {"pixel_values": (1, 2, 3, 8, 8)}, {}],
+    ids=["patches", "tiles", "tiles of one", "nothing"],
+)
+def test_version_of_a_picture_that_is_not_plain_pixels_is_refused(
+    inputs: Mapping[str, tuple[int, ...]],
+) -> None:
+    picture = PreparedPicture(IDS, GRID, {name: torch.zeros(shape) for name, shape in inputs.items()})
+    with pytest.raises(ConfigError, match="changes pictures as .3, height, width., but the model reads"):
+        change_version(picture, variant_key("a", 1))
 
 
 def test_pixel_store_reads_a_mark_inside_a_key_as_part_of_the_key(tmp_path: Path) -> None:
     turns = _turns(tmp_path, ["red#1"])
     seen = PixelStore(_CountingReader(tmp_path), _prepare).look(turns)
-    np.testing.assert_array_equal(seen["red#1"], _prepare([draw_picture(0)])[0].half().float().numpy())
+    assert torch.equal(seen["red#1"].inputs["pixel_values"], _pixels(draw_picture(0)).half().float())
 
 
 def test_pixel_store_keeps_pictures_up_to_its_limit_and_lets_the_longest_unseen_go(tmp_path: Path) -> None:
     turns, reader = _turns(tmp_path, ["a", "b", "c"]), _CountingReader(tmp_path)
-    of_one = _prepare([draw_picture(0)]).half().nbytes
+    of_one = _pixels(draw_picture(0)).half().nbytes
     store = PixelStore(reader, _prepare, most_bytes=2 * of_one)
     store.look(turns[:2])
     store.look(turns[:2])

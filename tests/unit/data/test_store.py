@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmicl_core.data.store import STORE, ArrayStore, store_columns
+from mmicl_core.data.pictures import VISUAL, PreparedPicture
+from mmicl_core.data.store import STORE, ArrayStore, PictureStore, store_columns
 from mmicl_core.errors import DataError
 
 
@@ -48,3 +49,23 @@ def test_store_names_the_key_that_it_has_not_and_a_missing_folder(tmp_path: Path
     _write(tmp_path / "a.arrow", store_columns(["t"], [np.ones(2)]))
     with pytest.raises(DataError, match="has no 'other' among its 1 keys"):
         ArrayStore(tmp_path)["other"]
+
+
+def test_picture_store_gives_back_features_with_the_place_of_each_picture_in_a_prompt(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pictures = [
+        PreparedPicture((5, VISUAL, VISUAL, 6), grid=(1, 2, 4)),
+        PreparedPicture((VISUAL,)),
+        PreparedPicture((VISUAL, VISUAL, VISUAL), grid=(1, 6, 2)),
+    ]
+    arrays = [rng.normal(size=(number, 4)).astype(np.float16) for number in (2, 1, 3)]
+    _write(tmp_path / "a.arrow", store_columns(["p0", "p1"], arrays[:2], pictures[:2]))
+    _write(tmp_path / "b.arrow", store_columns(["p2"], arrays[2:], pictures[2:]))
+    store = PictureStore(tmp_path)
+    assert (len(store), sorted(store), "p3" in store) == (3, ["p0", "p1", "p2"], False)
+    for key, picture, array in zip(("p0", "p1", "p2"), pictures, arrays, strict=True):
+        found = store[key]
+        assert (found.ids, found.grid, found.inputs) == (picture.ids, picture.grid, {})
+        assert found.features is not None and np.array_equal(found.features, array)
+    with pytest.raises(DataError, match="has no 'p3' among its 3 keys"):
+        store["p3"]

@@ -25,7 +25,7 @@ def report() -> dict[str, Any]:
             "loss_last": 1.0,
         },
         "evaluation": {"shots_per_class": 4, "queries": 20} | dict.fromkeys(CONDITION_LABELS, score),
-        "tokens": {"demonstration_full": 31.0, "demonstration_fused": 6.0},
+        "tokens": {"demonstration_full": 31.0, "demonstration_adapted": 6.0},
         "serve": {"answer": "bako", "expected": "bako", "ttft_ms_full": 20.0, "ttft_ms_pack": 9.0},
         "seconds": {"train": 12.0},
     }
@@ -52,6 +52,7 @@ def test_report_tells_how_many_times_fewer_tokens_fused_demonstrations_cost(repo
     assert "5.2 times fewer" in page
     assert ">248<" in page
     assert ">48<" in page
+    assert "full demonstrations" in page and "fused demonstrations" in page
 
 
 def test_accuracy_table_leaves_out_what_was_not_measured(report: dict[str, Any]) -> None:

@@ -5,35 +5,36 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from mmicl_core.config.model import AimConfig
+from mmicl_core.backbones.vision import join
+from mmicl_core.config.model import AimConfig, PromptTuningConfig
 from mmicl_core.data.collate import pack
 from mmicl_core.errors import CheckpointError
-from mmicl_core.methods.aim import Aggregator, Aim, fused_prompt, read_demonstrations
-from mmicl_core.methods.base import answer_nll, episode_turns, prompt_embeddings
-from mmicl_core.methods.lcl import full_prompt
-from mmicl_core.prompts import ChatFormat, Turn, demonstration_key
-from tests.fakes import PlainEngine, episode_row, random_vision, tiny_backbone
+from mmicl_core.methods import load_method
+from mmicl_core.methods.adapter import adapter_identity, load_parameters
+from mmicl_core.methods.aim import Aggregator, Aim, Reader
+from mmicl_core.methods.base import episode_turns
+from mmicl_core.methods.prompt_tuning import PromptTuning
+from mmicl_core.prompts import Turn, count_text, demonstration_key
+from tests.fakes import PlainEngine, episode_row, random_pictures, tiny_backbone
 
 PICTURES = [f"p{number}" for number in range(6)]
 TURNS = [
-    Turn("p0", "This is", "bako"),
-    Turn("p1", "This is surely", "mutedi"),
-    Turn("p2", "This", "ko"),
+    Turn(("p0",), "This is", "bako"),
+    Turn(("p1",), "This is surely", "mutedi"),
+    Turn(("p2",), "This", "ko"),
 ]
 # 32-bit sums in another order differ in the last bits; hidden states are of the order of 1.
 LAST_BITS = {"atol": 1e-5, "rtol": 1e-4}
 
 
-def _read(turns: list[Turn]) -> list[Tensor]:
+def _read(turns: list[Turn], **settings: Any) -> list[Tensor]:
     backbone = tiny_backbone()
-    vision = random_vision(PICTURES, backbone)
-    stacked = torch.from_numpy(np.stack([vision[str(turn.picture)] for turn in turns]))
-    return read_demonstrations(backbone, ChatFormat(backbone.processor), turns, stacked)
+    reader = Reader(backbone, AimConfig(**settings))
+    return reader.read(reader.pack(turns, random_pictures(PICTURES, backbone)))
 
 
 def _method(**settings: Any) -> Aim:
@@ -41,14 +42,13 @@ def _method(**settings: Any) -> Aim:
 
 
 def _batch(method: Aim, rows: list[dict[str, Any]]) -> Any:
-    vision = random_vision(PICTURES, method.backbone)
+    pictures = random_pictures(PICTURES, method.backbone)
     states = {}
     for row in rows:
         for turn in episode_turns(row)[:-1]:
-            stacked = torch.from_numpy(vision[str(turn.picture)])[None]
-            read = read_demonstrations(method.backbone, method.chat, [turn], stacked)
-            states[demonstration_key(turn)] = read[0].numpy()
-    return method.collate(rows, vision, states)
+            (read,) = method.reader.read(method.reader.pack([turn], pictures))
+            states[demonstration_key(turn)] = read.numpy()
+    return method.collate(rows, pictures, states)
 
 
 ROWS = [
@@ -81,53 +81,127 @@ def test_states_kept_in_16_bits_train_under_autocast_the_same_way_but_for_roundi
 
 
 def test_states_of_a_demonstration_depend_on_its_picture() -> None:
-    one, other = (_read([Turn(picture, "This is", "bako")])[0] for picture in ("p0", "p1"))
+    one, other = (_read([Turn((picture,), "This is", "bako")])[0] for picture in ("p0", "p1"))
     assert one.shape == other.shape
     # Every text position stands behind the picture and has read it.
     assert ((one - other).abs().amax(1) > 1e-3).all()
 
 
+def test_states_of_a_demonstration_depend_on_every_picture_and_on_their_order() -> None:
+    seen = [("p0", "p1"), ("p1", "p0"), ("p0", "p2"), ("p2", "p1")]
+    states = [_read([Turn(pictures, "This is", "bako")])[0] for pictures in seen]
+    for number, one in enumerate(states):
+        for other in states[number + 1 :]:
+            assert one.shape == other.shape
+            assert ((one - other).abs().amax(1) > 1e-3).all()
+
+
 def test_states_are_those_of_the_text_behind_the_prefix() -> None:
     backbone = tiny_backbone()
-    chat = ChatFormat(backbone.processor)
-    vision = torch.from_numpy(random_vision(PICTURES, backbone)["p0"])[None]
-    packed = pack(
-        [full_prompt(chat, TURNS[:1])], visual_tokens=25, padding_id=backbone.tokenizer.pad_token_id
-    )
-    hidden = backbone.hidden(prompt_embeddings(backbone, packed, vision), packed.mask_BL)[0]
+    prepared = random_pictures(PICTURES, backbone)["p0"]
+    prompt = backbone.chat.conversation(TURNS[:1])
+    packed = pack([prompt], pictures=[prepared], padding_id=backbone.tokenizer.pad_token_id)
+    hidden = backbone.read(backbone.embed(packed, backbone.see(join([prepared])))).last_hidden_state[0]
     # <s>, 25 visual tokens, then the text.
     torch.testing.assert_close(_read(TURNS[:1])[0], hidden[26:], **LAST_BITS)
 
 
+def test_states_of_the_answer_alone_are_the_last_ones_of_the_text() -> None:
+    for whole, answer, turn in zip(_read(TURNS), _read(TURNS, text="answer"), TURNS, strict=True):
+        length = len(tiny_backbone().chat.turn(turn)[-1].ids)
+        assert len(answer) == length < len(whole)
+        assert torch.equal(answer, whole[-length:])
+
+
+def test_states_are_read_from_the_layer_that_is_named() -> None:
+    backbone = tiny_backbone()
+    pieces = backbone.chat.turn(TURNS[0])
+    ids = torch.tensor([token for piece in pieces for token in piece.ids])
+    # The input of the first layer are the words themselves.
+    assert torch.equal(_read(TURNS[:1], layer=0)[0], backbone.model.get_input_embeddings()(ids))
+    (first,), (counted_back,), (last,) = (_read(TURNS[:1], layer=layer) for layer in (1, -2, None))
+    assert torch.equal(first, counted_back)
+    assert (first - last).abs().max() > 0.1
+
+
 def test_prompt_length_of_a_demonstration_is_its_text_tokens_only() -> None:
     method = _method()
+    pictures = random_pictures(PICTURES, method.backbone)
     demonstration = method.chat.turn(TURNS[0])
     full = sum(len(piece.ids) if piece.kind == "text" else 25 for piece in demonstration)
     fused = len(_read(TURNS[:1])[0])
     assert (full, fused) == (31, 6)
+    assert method.demonstration_tokens(TURNS[0], pictures) == fused
     packed = _batch(method, ROWS[:1]).packed
-    question = len(method.chat.turn(Turn("p2", "This is", "bako"))[1].ids)
-    answer = len(method.chat.turn(Turn("p2", "This is", "bako"))[2].ids)
+    question = len(method.chat.turn(Turn(("p2",), "This is", "bako"))[1].ids)
+    answer = len(method.chat.turn(Turn(("p2",), "This is", "bako"))[2].ids)
     assert packed.ids_BL.shape[1] == 1 + 2 * fused + 25 + question + answer
     assert int(packed.fused_BL.sum()) == 2 * fused
 
 
+def test_separator_stands_behind_every_fused_demonstration_and_is_counted() -> None:
+    plain, method = _method(), _method(separator=" so ")
+    pictures = random_pictures(PICTURES, method.backbone)
+    between = method.backbone.tokenizer(" so ", add_special_tokens=False)["input_ids"]
+    row = _batch(method, ROWS[:1]).packed
+    fused = row.fused_BL[0]
+    ends = [place + 1 for place in range(len(fused) - 1) if fused[place] and not fused[place + 1]]
+    assert [row.ids_BL[0, end : end + len(between)].tolist() for end in ends] == [between] * 2
+    assert row.ids_BL.shape[1] == _batch(plain, ROWS[:1]).packed.ids_BL.shape[1] + 2 * len(between)
+    costs = [one.demonstration_tokens(TURNS[0], pictures) for one in (plain, method)]
+    assert costs[1] - costs[0] == len(between)
+
+
 def test_identity_aggregator_of_token_embeddings_gives_the_logits_of_the_real_text() -> None:
     backbone = tiny_backbone()
-    chat = ChatFormat(backbone.processor)
-    vision = torch.from_numpy(random_vision(PICTURES, backbone)["p5"])[None]
-    texts = [[piece.ids for piece in chat.turn(Turn(None, turn.question, turn.answer))] for turn in TURNS]
+    chat, words = backbone.chat, backbone.model.get_input_embeddings()
+    prepared = random_pictures(PICTURES, backbone)["p5"]
+    visual = backbone.see(join([prepared]))
+    texts = [[piece.ids for piece in chat.turn(Turn((), turn.question, turn.answer))] for turn in TURNS]
     ids = [torch.tensor([token for part in text for token in part]) for text in texts]
-    query = Turn("p5", "This is", "bako", scored=True)
-    aggregator = Aggregator(backbone.width, layer_norm=False)
-    fused_TD = [aggregator(backbone.embed(row)) for row in ids]
-    arguments = {"visual_tokens": 25, "padding_id": backbone.tokenizer.pad_token_id}
-    fused = pack([fused_prompt(chat, 3, query)], fused_tokens=[[len(row) for row in ids]], **arguments)
-    real = full_prompt(chat, [*(Turn(None, turn.question, turn.answer) for turn in TURNS), query])
+    query = Turn(("p5",), "This is", "bako", scored=True)
+    aggregator = Aggregator(backbone.width, AimConfig(layer_norm=False))
+    fused_TD = torch.cat([aggregator(words(row)) for row in ids])
+    arguments: Any = {"pictures": [prepared], "padding_id": backbone.tokenizer.pad_token_id}
+    fused = pack([chat.conversation([query], 3)], fused_tokens=[len(row) for row in ids], **arguments)
+    real = chat.conversation([*(Turn((), turn.question, turn.answer) for turn in TURNS), query])
     plain = pack([real], **arguments)
-    behind_fused = answer_nll(backbone, prompt_embeddings(backbone, fused, vision, fused_TD), fused)
-    behind_text = answer_nll(backbone, prompt_embeddings(backbone, plain, vision), plain)
+    behind_fused = backbone.answer_nll(backbone.embed(fused, visual, fused_TD), fused)
+    behind_text = backbone.answer_nll(backbone.embed(plain, visual), plain)
     torch.testing.assert_close(behind_fused, behind_text, **LAST_BITS)
+
+
+def test_states_read_with_the_queries_give_the_loss_of_kept_ones() -> None:
+    method = _method()
+    pictures = random_pictures(PICTURES, method.backbone)
+    kept, read = _batch(method, ROWS), method.collate(ROWS, pictures, None)
+    for name, tensor in vars(kept.packed).items():
+        assert torch.equal(tensor, getattr(read.packed, name)), name
+    torch.testing.assert_close(method(read), method(kept), **LAST_BITS)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_last_demonstrations_are_written_out_where_a_row_says_so(kept: bool) -> None:
+    method = _method()
+    pictures = random_pictures(PICTURES, method.backbone)
+    rows = [row | {"raw": raw} for row, raw in zip(ROWS, (1, 9), strict=True)]
+    batch = _batch(method, rows) if kept else method.collate(rows, pictures, None)
+    turns = [episode_turns(row) for row in rows]
+    (first, *_), _ = turns
+    # One demonstration of the first row is fused, and none of the second.
+    assert batch.packed.fused_BL.sum(1).tolist() == [count_text(method.chat.turn(first)), 0]
+    assert batch.packed.image_BL.sum(1).tolist() == [2 * 25, 5 * 25]
+    second = batch.packed.ids_BL[1, batch.packed.text_BL[1]].tolist()
+    assert second == [token for piece in method.chat.conversation(turns[1]) for token in piece.ids]
+    # A demonstration that is written out costs and says what it does without an adapter.
+    whole = method.collate([rows[1]], pictures, None)
+    plain = pack(
+        [method.chat.conversation(turns[1])],
+        pictures=[pictures[key] for turn in turns[1] for key in turn.pictures],
+        padding_id=method.padding_id,
+    )
+    nll = method.backbone.answer_nll(method.backbone.embed(plain, method.backbone.see(whole.pictures)), plain)
+    torch.testing.assert_close(method(whole), nll, **LAST_BITS)
 
 
 def test_loss_of_a_batch_is_that_of_its_episodes_alone() -> None:
@@ -156,10 +230,19 @@ def test_gradient_reaches_the_aggregator_and_nothing_else() -> None:
 
 def test_aggregator_starts_at_the_spread_of_the_token_embeddings() -> None:
     method = _method()
-    spread = float(method.backbone.embed(torch.arange(300)).std())
+    spread = float(method.backbone.model.get_input_embeddings()(torch.arange(300)).std())
     fused = method.aggregator(torch.randn(100, 32) * 7).detach()
     # LayerNorm gives every token a spread of 1 times its weight.
     assert float(fused.std()) == pytest.approx(spread, rel=0.05)
+
+
+def test_projection_starts_as_the_identity_or_at_random() -> None:
+    torch.manual_seed(0)
+    states = torch.randn(5, 32)
+    identity = Aggregator(32, AimConfig(layer_norm=False))
+    assert torch.equal(identity(states), states)
+    random = Aggregator(32, AimConfig(layer_norm=False, initial="random"))
+    assert (random(states) - states).abs().max() > 1
 
 
 def test_aggregator_learns_two_episodes_by_heart() -> None:
@@ -179,46 +262,78 @@ def test_saved_aggregator_is_read_back_as_it_was(tmp_path: Path) -> None:
     for layer_norm in (True, False):
         method = _method(layer_norm=layer_norm)
         torch.nn.init.normal_(method.aggregator.projection.weight)
-        method.save(tmp_path)
-        found = Aggregator.load(tmp_path, method.backbone)
+        method.save(tmp_path, {"backbone_name": "tiny"})
+        found = load_method(tmp_path, method.backbone)
+        assert isinstance(found, Aim)
+        assert found.config == method.config
         states = torch.randn(5, method.backbone.width)
-        assert torch.equal(found(states), method.aggregator(states))
+        assert torch.equal(found.aggregator(states), method.aggregator(states))
         assert not any(parameter.requires_grad for parameter in found.parameters())
+        assert not found.training
+        about = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+        assert about["backbone_name"] == "tiny"
+        assert set(about["parameters"]) == set(method.trainable())
 
 
 def test_training_goes_on_from_a_saved_aggregator(tmp_path: Path) -> None:
     first = _method()
     torch.nn.init.normal_(first.aggregator.projection.weight)
-    first.save(tmp_path)
+    first.save(tmp_path, {})
     second = _method(start=str(tmp_path))
     assert second.trainable().keys() == first.trainable().keys()
     for name, parameter in second.trainable().items():
         assert torch.equal(parameter, first.trainable()[name])
 
 
+def test_identity_of_an_adapter_changes_with_its_weights_and_with_what_it_fits(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no adapter: it has no adapter_config\.json"):
+        adapter_identity(tmp_path)
+    method = _method()
+    names = ["one", "same", "trained", "other settings"]
+    for name, saved in zip(names, [method, method, method, _method(text="answer")], strict=True):
+        if name == "trained":
+            with torch.no_grad():
+                method.aggregator.projection.bias[0] += 1
+        saved.save(tmp_path / name, {})
+    one, same, trained, other = (adapter_identity(tmp_path / name) for name in names)
+    assert one == same
+    assert len({one, trained, other}) == 3
+
+
 def test_aggregator_of_another_backbone_is_refused_with_both_names(tmp_path: Path) -> None:
-    _method().save(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"backbone tiny-0 of width 32, the model is tiny-1 of width 32"
-    ):
-        Aggregator.load(tmp_path, tiny_backbone(seed=1))
-    with pytest.raises(CheckpointError, match="of width 64"):
-        Aggregator.load(tmp_path, tiny_backbone(width=64))
+    _method().save(tmp_path, {})
+    with pytest.raises(CheckpointError, match="is for backbone 'tiny-0', here it is 'tiny-1': train one"):
+        load_method(tmp_path, tiny_backbone(seed=1))
+    with pytest.raises(CheckpointError, match="is for width 32, here it is 64: train one"):
+        load_method(tmp_path, tiny_backbone(width=64))
+
+
+def test_adapter_of_another_method_or_other_settings_is_refused_with_what_differs(tmp_path: Path) -> None:
+    PromptTuning(tiny_backbone(), PromptTuningConfig(tokens=3)).save(tmp_path / "soft", {})
+    with pytest.raises(CheckpointError, match="is for method 'prompt_tuning', here it is 'aim'"):
+        load_parameters(_method(), tmp_path / "soft")
+    _method(layer_norm=False).save(tmp_path / "plain", {})
+    with pytest.raises(CheckpointError, match=r"aggregator\.norm\.bias is absent there, \(32,\) here"):
+        _method(start=str(tmp_path / "plain"))
 
 
 def test_folder_without_a_readable_aggregator_is_refused(tmp_path: Path) -> None:
     backbone = tiny_backbone()
-    with pytest.raises(CheckpointError, match="holds no aggregator"):
-        Aggregator.load(tmp_path, backbone)
-    _method().save(tmp_path)
-    weights = tmp_path / "aggregator.safetensors"
+    with pytest.raises(CheckpointError, match="holds no adapter"):
+        load_method(tmp_path, backbone)
+    _method().save(tmp_path, {})
+    weights = tmp_path / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="cannot be read"):
-        Aggregator.load(tmp_path, backbone)
+        load_method(tmp_path, backbone)
     weights.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
-        Aggregator.load(tmp_path, backbone)
-    (tmp_path / "aggregator.json").write_text(json.dumps({"width": 32}), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        Aggregator.load(tmp_path, backbone)
+        load_method(tmp_path, backbone)
+    about = tmp_path / "adapter_config.json"
+    about.write_text(json.dumps({"width": 32}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="settings of no known method"):
+        load_method(tmp_path, backbone)
+    about.write_text('{"method": "aim', encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json cannot be read"):
+        load_method(tmp_path, backbone)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch.nn import functional as F
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, load_backbone
 from mmicl_core.config.model import LclConfig
 from mmicl_core.data.collate import NOT_SCORED
-from mmicl_core.methods.base import answer_nll, episode_turns
+from mmicl_core.data.pictures import PreparedPicture
+from mmicl_core.methods.base import episode_turns
 from mmicl_core.methods.lcl import Lcl
-from tests.fakes import PlainEngine, draw_picture, episode_row, random_vision, tiny_backbone
+from tests.fakes import PlainEngine, draw_picture, episode_row, random_pictures, tiny_backbone
 
 PICTURES = [f"p{number}" for number in range(5)]
 SHORT = episode_row(["p0", "p1", "p2"], ["bako", "mute", "bako"])
@@ -30,11 +32,10 @@ def _method() -> Lcl:
     return Lcl(tiny_backbone(), LclConfig())
 
 
-def _seen(backbone: HuggingFaceBackbone) -> tuple[dict[str, Any], list[Image.Image]]:
-    """Real pictures and what the vision tower makes of them."""
+def _seen(backbone: HuggingFaceBackbone) -> tuple[dict[str, PreparedPicture], list[Image.Image]]:
+    """Real pictures and what the model's processor makes of them."""
     pictures = [draw_picture(number) for number in range(len(PICTURES))]
-    vision_NVW = backbone.encode_pixels(backbone.pixels(pictures)).numpy()
-    return dict(zip(PICTURES, vision_NVW, strict=True)), pictures
+    return dict(zip(PICTURES, backbone.prepare(pictures), strict=True)), pictures
 
 
 def _stock_loss(backbone: HuggingFaceBackbone, row: dict[str, Any], pictures: list[Image.Image]) -> Tensor:
@@ -62,9 +63,9 @@ def _stock_loss(backbone: HuggingFaceBackbone, row: dict[str, Any], pictures: li
 
 def test_loss_is_that_of_the_stock_model_on_ids_and_pixels() -> None:
     method = _method()
-    vision, pictures = _seen(method.backbone)
+    prepared, pictures = _seen(method.backbone)
     for row in (LONG, _dense(LONG)):
-        ours = method(method.collate([row], vision, {})).detach()
+        ours = method(method.collate([row], prepared, None)).detach()
         stock = _stock_loss(method.backbone, row, pictures)
         assert len(ours) == (3 if row is LONG else 12)
         torch.testing.assert_close(ours, stock, **LAST_BITS)
@@ -72,9 +73,8 @@ def test_loss_is_that_of_the_stock_model_on_ids_and_pixels() -> None:
 
 def test_loss_with_the_tower_in_training_is_that_of_the_stock_model_on_ids_and_pixels() -> None:
     method = Lcl(tiny_backbone(), LclConfig(train_vision_tower=True))
-    _, pictures = _seen(method.backbone)
-    pixels = dict(zip(PICTURES, method.backbone.pixels(pictures).numpy(), strict=True))
-    ours = method(method.collate([LONG], pixels, {}))
+    prepared, pictures = _seen(method.backbone)
+    ours = method(method.collate([LONG], prepared, None))
     torch.testing.assert_close(ours.detach(), _stock_loss(method.backbone, LONG, pictures), **LAST_BITS)
     ours.sum().backward()
     trained = method.trainable()
@@ -84,18 +84,19 @@ def test_loss_with_the_tower_in_training_is_that_of_the_stock_model_on_ids_and_p
 
 def test_loss_of_a_batch_is_that_of_its_conversations_alone() -> None:
     method = _method()
-    vision = random_vision(PICTURES, method.backbone)
-    together = method(method.collate([SHORT, LONG], vision, {}))
-    apart = torch.cat([method(method.collate([row], vision, {})) for row in (SHORT, LONG)])
+    pictures = random_pictures(PICTURES, method.backbone)
+    together = method(method.collate([SHORT, LONG], pictures, None))
+    apart = torch.cat([method(method.collate([row], pictures, None)) for row in (SHORT, LONG)])
     torch.testing.assert_close(together, apart, **LAST_BITS)
 
 
 def test_loss_of_scored_positions_is_that_over_the_whole_vocabulary() -> None:
     method = _method()
-    batch = method.collate([_dense(SHORT), LONG], random_vision(PICTURES, method.backbone), {})
+    batch = method.collate([_dense(SHORT), LONG], random_pictures(PICTURES, method.backbone), None)
     embeds = torch.randn(*batch.packed.ids_BL.shape, method.backbone.width)
-    quick = answer_nll(method.backbone, embeds, batch.packed)
-    logits = method.backbone.logits(method.backbone.hidden(embeds, batch.packed.mask_BL))
+    prompts = replace(method.embed(batch), embeds_BLD=embeds)
+    quick = method.backbone.answer_nll(prompts, batch.packed)
+    logits = method.backbone.logits(method.backbone.read(prompts).last_hidden_state)
     slow = F.cross_entropy(
         logits[:, :-1].transpose(1, 2),
         batch.packed.labels_BL[:, 1:],
@@ -107,8 +108,8 @@ def test_loss_of_scored_positions_is_that_over_the_whole_vocabulary() -> None:
 
 def test_language_model_projector_and_head_are_trained_and_the_tower_never() -> None:
     method = _method()
-    vision, _ = _seen(method.backbone)
-    method(method.collate([SHORT, LONG], vision, {})).sum().backward()
+    prepared, _ = _seen(method.backbone)
+    method(method.collate([SHORT, LONG], prepared, None)).sum().backward()
     backbone = method.backbone
     for part in (backbone.language_model, backbone.projector, backbone.head):
         assert all(float(p.grad.abs().max()) > 0 for p in part.parameters())
@@ -121,7 +122,7 @@ def test_language_model_projector_and_head_are_trained_and_the_tower_never() -> 
 def test_model_learns_two_conversations_by_heart() -> None:
     method = _method()
     engine = PlainEngine(method)
-    batch = method.collate([SHORT, LONG], random_vision(PICTURES, method.backbone), {})
+    batch = method.collate([SHORT, LONG], random_pictures(PICTURES, method.backbone), None)
     for _ in range(60):
         engine.backward(method(batch).mean())
         engine.step(1e-2)
@@ -131,19 +132,19 @@ def test_model_learns_two_conversations_by_heart() -> None:
 
 def test_saved_model_gives_the_same_loss_in_16_bits(tmp_path: Path) -> None:
     method = _method()
-    vision, pictures = _seen(method.backbone)
+    prepared, pictures = _seen(method.backbone)
     with torch.no_grad():
         method.backbone.projector.linear_1.weight.mul_(2)
-    method.save(tmp_path)
+    method.save(tmp_path, {})
     found = load_backbone(tmp_path)
-    ours = method(method.collate([LONG], vision, {})).detach()
+    ours = method(method.collate([LONG], prepared, None)).detach()
     # Weights of 11 bits: each is off by up to 1 part in 2,000, and so, about, is the loss.
     torch.testing.assert_close(_stock_loss(found, LONG, pictures), ours, rtol=5e-3, atol=5e-3)
 
 
 def test_conversation_scores_the_tokens_of_the_turns_that_say_so() -> None:
     method = _method()
-    batch = method.collate([_dense(SHORT)], random_vision(PICTURES, method.backbone), {})
+    batch = method.collate([_dense(SHORT)], random_pictures(PICTURES, method.backbone), None)
     turns = episode_turns(SHORT)
     expected = [token for turn in turns[1:] for token in method.chat.turn(turn)[-1].ids]
     labels = batch.packed.labels_BL[0]

@@ -5,9 +5,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from mmicl_core.config.model import SupConConfig
@@ -32,9 +32,17 @@ def _rows() -> list[dict[str, Any]]:
 
 
 @cache
-def _pixels() -> np.ndarray:
+def _pixels() -> list[Tensor]:
+    """Of each picture, (1, 3, height, width)."""
     pictures = [draw_picture(number) for number in range(len(CONCEPTS) * len(STYLES))]
-    return tiny_backbone().pixels(pictures).numpy()
+    return [prepared.inputs["pixel_values"] for prepared in tiny_backbone().prepare(pictures)]
+
+
+def _states(method: SupCon, pixels: Tensor) -> Tensor:
+    """What the tower's last layer gives, class token aside, (N, V, W)."""
+    output = method.backbone.vision_tower(pixel_values=pixels, output_hidden_states=True)
+    states: Tensor = output.hidden_states[-1][:, 1:]
+    return states
 
 
 def _pairs(order: list[int]) -> list[tuple[int, int]]:
@@ -74,7 +82,7 @@ def test_every_picture_is_paired_in_some_epoch() -> None:
 def test_a_visit_looks_the_same_in_every_run_and_different_at_the_next() -> None:
     rows = _rows()[:4]
     later = [row | {"visit": row["visit"] + 100} for row in rows]
-    one, again, other = (_method().collate(batch, {}, {}).pixels for batch in (rows, rows, later))
+    one, again, other = (_method().collate(batch, {}, None).pixels for batch in (rows, rows, later))
     assert torch.equal(one, again)
     assert not torch.allclose(one, other)
 
@@ -82,10 +90,10 @@ def test_a_visit_looks_the_same_in_every_run_and_different_at_the_next() -> None
 def test_loss_is_that_of_the_definition_written_out() -> None:
     method = _method(temperature=0.2)
     rows = _rows()
-    batch = method.collate([rows[n] for n in (0, 1, 5, 6, 7, 10)], {}, {})
+    batch = method.collate([rows[n] for n in (0, 1, 5, 6, 7, 10)], {}, None)
     with torch.no_grad():
         loss = method(batch)
-        pooled = method.backbone.encode_pixels(batch.pixels).mean(1)
+        pooled = _states(method, batch.pixels).mean(1)
         z = F.normalize(method.head(pooled), dim=1)
     for i in range(6):
         partners = [p for p in range(6) if p != i and batch.concepts[p] == batch.concepts[i]]
@@ -99,19 +107,23 @@ def test_loss_is_that_of_the_definition_written_out() -> None:
 def test_teacher_adds_the_distance_from_what_sets_pictures_apart() -> None:
     plain, taught = _method(), _method(teacher="somewhere", teacher_width=6, teacher_weight=3.0)
     plain.head.load_state_dict(taught.head.state_dict())
-    batch = plain.collate(_rows()[:4], {}, {})
+    batch = plain.collate(_rows()[:4], {}, None)
     features = torch.randn(4, 6) + 100
     with torch.no_grad():
-        guess = taught.student(taught.backbone.encode_pixels(batch.pixels).mean(1))
+        guess = taught.student(_states(taught, batch.pixels).mean(1))
         cosine = F.cosine_similarity(guess, features - features.mean(0), dim=1)
         both = taught(SupConBatch(batch.pixels, batch.concepts, features))
         # Sums of another order in 32 bits.
         torch.testing.assert_close(both, plain(batch) + 3 * (1 - cosine), atol=1e-4, rtol=1e-4)
+    # What the teacher said of a picture is kept under the picture's key.
+    said = {row["picture"]: one.numpy() for row, one in zip(_rows(), features, strict=False)}
+    kept = taught.collate(_rows()[:4][::-1], {}, said).teacher
+    assert kept is not None and torch.equal(kept, features.flip(0))
 
 
 def test_gradient_reaches_the_tower_and_its_head_and_nothing_else() -> None:
     method = _method()
-    method(method.collate(_rows()[:4], {}, {})).sum().backward()
+    method(method.collate(_rows()[:4], {}, None)).sum().backward()
     moved = {name for name, parameter in method.named_parameters() if parameter.grad is not None}
     # The last norm belongs to the class token, which is not read.
     unread = {name for name in method.trainable() if "post_layernorm" in name}
@@ -126,7 +138,7 @@ def test_tower_learns_to_tell_a_batch_of_pairs_apart() -> None:
     method = _method()
     engine = PlainEngine(method)
     rows = _rows()
-    batch = method.collate([rows[number] for number in (0, 1, 5, 6, 10, 11, 25, 26)], {}, {})
+    batch = method.collate([rows[number] for number in (0, 1, 5, 6, 10, 11, 25, 26)], {}, None)
     first = float(method(batch).detach().mean())
     for _ in range(40):
         engine.backward(method(batch).mean())
@@ -137,18 +149,19 @@ def test_tower_learns_to_tell_a_batch_of_pairs_apart() -> None:
 
 def test_saved_tower_goes_into_another_backbone(tmp_path: Path) -> None:
     method = _method()
-    method.save(tmp_path)
+    method.save(tmp_path, {})
     backbone = tiny_backbone(seed=5)
-    pixels = backbone.pixels([draw_picture(0)])
-    assert not torch.equal(backbone.encode_pixels(pixels), method.backbone.encode_pixels(pixels))
+    prepared = backbone.prepare([draw_picture(0)])
+    trained = method.backbone.vision.tower_states(prepared)[0]
+    assert not torch.equal(backbone.vision.tower_states(prepared)[0], trained)
     load_vision_tower(tmp_path, backbone)
-    assert torch.equal(backbone.encode_pixels(pixels), method.backbone.encode_pixels(pixels))
+    assert torch.equal(backbone.vision.tower_states(prepared)[0], trained)
 
 
 def test_tower_that_is_missing_torn_or_of_another_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no vision tower"):
         load_vision_tower(tmp_path, tiny_backbone())
-    _method().save(tmp_path)
+    _method().save(tmp_path, {})
     with pytest.raises(CheckpointError, match="does not fit the model"):
         load_vision_tower(tmp_path, tiny_backbone(width=64))
     path = tmp_path / "vision_tower.safetensors"

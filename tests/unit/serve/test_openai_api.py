@@ -20,8 +20,10 @@ from pipelines.serve.contracts import Answer
 from pipelines.serve.openai_api import build_api
 
 CONFIG = ServeConfig(model_name="nano", max_images=3, max_image_bytes=1024, max_new_tokens=17)
-PICTURE = b"the bytes of a picture"
-URI = f"data:image/png;base64,{base64.b64encode(PICTURE).decode()}"
+PICTURE, OTHER_PICTURE = b"the bytes of a picture", b"those of another"
+URI, OTHER_URI = (
+    f"data:image/png;base64,{base64.b64encode(picture).decode()}" for picture in (PICTURE, OTHER_PICTURE)
+)
 ENTRY = PackEntry("pack-" + "1" * 32, tokens_full=(30, 31), tokens_fused=(5, 6))
 FUSED = (np.zeros((5, 4), np.float32), np.ones((6, 4), np.float32))
 ANSWER = Answer("bako mute", "stop", prompt_tokens=40, completion_tokens=2, ttft_ms=12.5)
@@ -118,12 +120,32 @@ def test_conversation_reaches_the_generator_as_turns_with_the_bytes_of_their_pic
     assert ask(messages, generator=generator).status_code == 200
     question = generator.question
     assert question.turns == (
-        Turn("0", "This is", "bako"),
-        Turn(None, "Why?", "Because."),
-        Turn("4", "This is", None),
+        Turn(("0.0",), "This is", "bako"),
+        Turn((), "Why?", "Because."),
+        Turn(("4.0",), "This is", None),
     )
-    assert question.pictures == {"0": PICTURE, "4": PICTURE}
+    assert question.pictures == {"0.0": PICTURE, "4.0": PICTURE}
     assert (question.max_new_tokens, question.fused) == (17, ())
+
+
+def test_all_pictures_of_one_message_reach_the_generator_in_their_order():
+    generator = FakeGenerator()
+    between = [
+        {"type": "image_url", "image_url": {"url": OTHER_URI}},
+        {"type": "text", "text": "Are these"},
+        {"type": "image_url", "image_url": {"url": URI}},
+        {"type": "text", "text": "alike?"},
+    ]
+    messages = [user("This is", URI, OTHER_URI), assistant("no"), {"role": "user", "content": between}]
+    config = CONFIG.model_copy(update={"max_images": 4})
+    assert ask(messages, generator=generator, config=config).status_code == 200
+    asked = generator.question
+    first, second = asked.turns
+    assert (first.question, first.answer) == ("This is", "no")
+    assert (second.question, second.answer) == ("Are these\nalike?", None)
+    shown = [[asked.pictures[key] for key in turn.pictures] for turn in asked.turns]
+    assert shown == [[PICTURE, OTHER_PICTURE], [OTHER_PICTURE, PICTURE]]
+    assert len(asked.pictures) == 4
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
@@ -274,7 +296,8 @@ def test_fields_that_greedy_decoding_honours_are_taken(fields):
         ([assistant("bako")], "messages.0.role", "'user' belongs"),
         ([user("a"), user("b")], "messages.1.role", "'assistant' belongs"),
         ([user("a"), assistant("bako")], "messages", "end with a user message"),
-        ([user("a", URI, URI)], "messages.0.content.2.image_url.url", "a demo_pack"),
+        ([user("a", URI, "cat.png")], "messages.0.content.2.image_url.url", "this server fetches nothing"),
+        ([user("a", *[URI] * 4)], "messages", "4 pictures, 3 are allowed"),
         (
             [user("a"), user("", URI) | {"role": "assistant"}],
             "messages.1.content.1.image_url.url",
@@ -357,7 +380,7 @@ def test_pack_is_registered_from_any_form_of_picture(picture):
     assert reply.json() == call("GET", f"/v1/demo_packs/{ENTRY.id}").json()
     first, second = compressor.demonstrations
     assert first == second
-    assert (first.image, first.question, first.answer) == (PICTURE, "This is", "bako")
+    assert (first.images, first.question, first.answer) == ((PICTURE,), "This is", "bako")
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 import torch
 
+from mmicl_core.backbones.decoding import generate
 from mmicl_core.backbones.hugging_face import load_backbone
+from mmicl_core.backbones.language import Embedded
+from mmicl_core.backbones.vision import join
 from mmicl_core.bank import Demonstration, UnknownPackError
+from mmicl_core.config.model import AimConfig, PromptTuningConfig
 from mmicl_core.errors import CheckpointError, DataError
-from mmicl_core.methods.aim import Aggregator, read_demonstrations
-from mmicl_core.prompts import ChatFormat, Turn
+from mmicl_core.methods import load_method
+from mmicl_core.methods.aim import Aim
+from mmicl_core.methods.prompt_tuning import PromptTuning
+from mmicl_core.prompts import Turn
 from pipelines.serve import generator as generator_module
 from pipelines.serve.compressor import DEMONSTRATIONS_AT_ONCE, Compressor
 from pipelines.serve.contracts import Answer, Question
@@ -28,11 +34,10 @@ MAX_PIXELS = 10_000
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny_backbone().save(folder / "backbone")
-    backbone = load_backbone(folder / "backbone")
     torch.manual_seed(0)
-    aggregator = Aggregator(backbone.width)
-    torch.nn.init.normal_(aggregator.projection.weight)
-    aggregator.save(folder / "aggregator", backbone.identity)
+    method = Aim(load_backbone(folder / "backbone"), AimConfig())
+    torch.nn.init.normal_(method.aggregator.projection.weight)
+    method.save(folder / "adapter", {})
     return folder
 
 
@@ -43,25 +48,29 @@ def generator(model):
 
 @pytest.fixture
 def compressor(model, tmp_path):
-    return Compressor(model / "backbone", model / "aggregator", tmp_path / "bank", MAX_PIXELS)
+    return Compressor(model / "backbone", model / "adapter", tmp_path / "bank", MAX_PIXELS)
 
 
 def demonstrations(count: int) -> list[Demonstration]:
     return [
-        Demonstration(encode_picture(draw_picture(seed)), "This is", "bako" * (1 + seed % 3))
+        Demonstration((encode_picture(draw_picture(seed)),), "This is", "bako" * (1 + seed % 3))
         for seed in range(count)
     ]
 
 
 def question(text: str = "This is", max_new_tokens: int = 6, **more) -> Question:
-    turns = (*more.pop("before", ()), Turn("query", text, None))
+    turns = (*more.pop("before", ()), Turn(more.pop("about", ("query",)), text, None))
     pictures = {"query": encode_picture(draw_picture(99))} | more.pop("pictures", {})
     return Question(turns, pictures, max_new_tokens, **more)
 
 
 def written_out(shown: list[Demonstration]) -> dict:
-    turns = [Turn(str(number), one.question, one.answer) for number, one in enumerate(shown)]
-    return {"before": turns, "pictures": {str(number): one.image for number, one in enumerate(shown)}}
+    turns, pictures = [], {}
+    for number, one in enumerate(shown):
+        keys = tuple(f"{number}.{place}" for place in range(len(one.images)))
+        pictures |= zip(keys, one.images, strict=True)
+        turns.append(Turn(keys, one.question, one.answer))
+    return {"before": turns, "pictures": pictures}
 
 
 async def everything(parts) -> list:
@@ -73,24 +82,37 @@ def test_pack_holds_what_the_aggregator_makes_of_each_demonstration_alone(model,
     entry = asyncio.run(compressor.register(shown))
     pack = asyncio.run(compressor.load(entry.id))
     backbone = load_backbone(model / "backbone")
-    aggregator = Aggregator.load(model / "aggregator", backbone)
+    method = load_method(model / "adapter", backbone)
     for number, (one, fused) in enumerate(zip(shown, pack.fused, strict=True)):
-        vision_NVW = backbone.encode_pixels(backbone.pixels([draw_picture(number)]))
-        turn = Turn("", one.question, one.answer)
-        (state_TD,) = read_demonstrations(backbone, ChatFormat(backbone.processor), [turn], vision_NVW)
+        (prepared,) = backbone.prepare([draw_picture(number)])
+        turn = Turn(("p",), one.question, one.answer)
+        (state_TD,) = method.reader.read(method.reader.pack([turn], {"p": prepared}))
         # Sums in another order, in a batch of another shape, differ in the last bits of float32.
-        np.testing.assert_allclose(fused, aggregator(state_TD).numpy(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(fused, method.aggregator(state_TD).numpy(), rtol=1e-4, atol=1e-4)
         assert entry.tokens_fused[number] == len(fused)
-        assert entry.tokens_full[number] == len(fused) + backbone.visual_tokens
+        assert entry.tokens_full[number] == len(fused) + 25
+
+
+def test_demonstration_of_several_pictures_costs_them_all_and_depends_on_their_order(compressor):
+    one, other = (encode_picture(draw_picture(seed)) for seed in (0, 1))
+    packs = []
+    for images in ((one, other), (other, one), (one,), ()):
+        entry = asyncio.run(compressor.register([Demonstration(images, "This is", "bako")]))
+        packs.append(asyncio.run(compressor.load(entry.id)))
+    assert [pack.entry.tokens_full for pack in packs] == [(50 + 6,), (50 + 6,), (25 + 6,), (6,)]
+    assert [pack.entry.tokens_fused for pack in packs] == [(6,)] * 4
+    for number, pack in enumerate(packs):
+        assert all(np.abs(pack.fused[0] - more.fused[0]).max() > 1e-3 for more in packs[:number])
 
 
 def test_known_demonstrations_are_not_read_again(compressor, monkeypatch):
     entry = asyncio.run(compressor.register(demonstrations(2)))
 
-    def refuse(pixels):
+    def refuse(*arguments, **more):
         raise AssertionError("the backbone read a demonstration that the bank holds")
 
-    monkeypatch.setattr(compressor.backbone, "encode_pixels", refuse)
+    for part in ("prepare", "see", "read"):
+        monkeypatch.setattr(compressor.backbone, part, refuse)
     assert asyncio.run(compressor.register(demonstrations(2))) == entry
 
 
@@ -102,20 +124,30 @@ def test_damaged_pack_is_made_again_when_its_demonstrations_come_back(compressor
     assert asyncio.run(compressor.load(entry.id)).entry == entry
 
 
-def test_pack_of_another_aggregator_is_not_used(model, compressor, tmp_path):
+def test_pack_of_another_adapter_is_not_used(model, compressor, tmp_path):
     entry = asyncio.run(compressor.register(demonstrations(1)))
-    retrained = Aggregator(compressor.backbone.width, embedding_spread=0.5)
-    retrained.save(tmp_path / "retrained", compressor.backbone.identity)
+    retrained = Aim(load_backbone(model / "backbone"), AimConfig())
+    torch.nn.init.constant_(retrained.aggregator.norm.weight, 0.5)
+    retrained.save(tmp_path / "retrained", {})
     other = Compressor(model / "backbone", tmp_path / "retrained", tmp_path / "bank", MAX_PIXELS)
-    with pytest.raises(ValueError, match="made for aggregator"):
+    with pytest.raises(ValueError, match="made for adapter"):
         asyncio.run(other.describe(entry.id))
     assert asyncio.run(other.register(demonstrations(1))).id != entry.id
 
 
-def test_aggregator_of_another_backbone_is_refused_when_the_replica_is_made(model, tmp_path):
-    Aggregator(32).save(tmp_path / "foreign", "another backbone")
-    with pytest.raises(CheckpointError, match="another backbone"):
+def test_adapter_of_another_backbone_is_refused_when_the_replica_is_made(model, tmp_path):
+    Aim(tiny_backbone(), AimConfig()).save(tmp_path / "foreign", {})
+    with pytest.raises(CheckpointError, match="is for backbone 'tiny-0', here it is '[0-9a-f]+'"):
         Compressor(model / "backbone", tmp_path / "foreign", tmp_path / "bank", MAX_PIXELS)
+
+
+def test_adapter_of_another_method_is_refused_when_the_replica_is_made(model, tmp_path):
+    soft = PromptTuning(load_backbone(model / "backbone"), PromptTuningConfig(tokens=2))
+    soft.save(tmp_path / "soft", {})
+    with pytest.raises(
+        CheckpointError, match=r"of method 'prompt_tuning', but .* AIM adapter in serve\.adapter"
+    ):
+        Compressor(model / "backbone", tmp_path / "soft", tmp_path / "bank", MAX_PIXELS)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +163,7 @@ def test_demonstration_that_cannot_be_read_is_refused_and_nothing_is_stored(
     compressor, tmp_path, image, question_text, reason
 ):
     with pytest.raises(DataError, match=reason):
-        asyncio.run(compressor.register([*demonstrations(1), Demonstration(image, question_text, "bako")]))
+        asyncio.run(compressor.register([*demonstrations(1), Demonstration((image,), question_text, "bako")]))
     assert not (tmp_path / "bank").exists()
 
 
@@ -155,11 +187,12 @@ def test_pack_before_a_question_costs_its_fused_tokens_instead_of_the_full_ones(
 def expected_answer(generator: Generator, asked: Question) -> tuple[str, int]:
     """By hand: prefix, fused tokens, turns; text and number of the tokens that `generate` gives."""
     backbone, chat = generator.backbone, generator.chat
+    prepared = generator.prepare(asked.pictures)
 
     def embed(piece):
         if piece.kind == "image":
-            return backbone.project(generator.vision([asked.pictures[piece.reference]]))[0]
-        return backbone.embed(torch.tensor(piece.ids))
+            return backbone.see(join([prepared[piece.reference]]))
+        return backbone.model.get_input_embeddings()(torch.tensor(piece.ids))
 
     embeds_BLD = torch.cat(
         [
@@ -169,7 +202,9 @@ def expected_answer(generator: Generator, asked: Question) -> tuple[str, int]:
         ]
     )[None]
     mask_BL = torch.ones(embeds_BLD.shape[:2], dtype=torch.long)
-    (ids,) = backbone.generate(embeds_BLD, mask_BL, asked.max_new_tokens)
+    nothing_BL = torch.zeros_like(mask_BL, dtype=torch.bool)
+    prompt = Embedded(embeds_BLD, mask_BL, nothing_BL, nothing_BL, mask_BL.cumsum(1) - 1)
+    (ids,) = generate(backbone, prompt, asked.max_new_tokens)
     return chat.decode(ids), len(ids)
 
 
@@ -185,6 +220,18 @@ def test_answer_is_that_of_the_backbone_behind_fused_and_full_demonstrations(com
     for one, answer in zip(asked, answers, strict=True):
         assert (answer.text, answer.completion_tokens) == expected_answer(generator, one)
     assert len({answer.text for answer in answers}) > 1
+
+
+def test_all_pictures_of_a_question_reach_the_model_in_their_order(generator):
+    pictures = {key: encode_picture(draw_picture(seed)) for key, seed in (("a", 1), ("b", 2))}
+    orders = [("a", "b"), ("b", "a"), ("a", "a"), ("b", "b")]
+    asked = [question(about=about, pictures=pictures) for about in orders]
+    answers = [asyncio.run(generator.answer(one)) for one in asked]
+    one_picture = asyncio.run(generator.answer(question(about=("a",), pictures=pictures)))
+    for one, answer in zip(asked, answers, strict=True):
+        assert (answer.text, answer.completion_tokens) == expected_answer(generator, one)
+        assert answer.prompt_tokens == one_picture.prompt_tokens + 25
+    assert len({answer.text for answer in answers}) == len(orders)
 
 
 def test_time_to_first_token_ends_with_the_first_token(generator, monkeypatch):

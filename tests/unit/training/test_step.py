@@ -10,7 +10,7 @@ from torch import Tensor
 from mmicl_core.config.model import LclConfig
 from mmicl_core.methods.lcl import Lcl
 from mmicl_core.training.step import StepMetrics, learning_rate, train_step
-from tests.fakes import PlainEngine, episode_row, random_vision, tiny_backbone
+from tests.fakes import PlainEngine, episode_row, random_pictures, tiny_backbone
 
 PICTURES = [f"p{number}" for number in range(7)]
 NAMES = ["bako", "mute", "sidu", "goma"]
@@ -32,9 +32,9 @@ def _rows() -> list[dict]:
 
 def _step(sizes: list[int]) -> tuple[StepMetrics, dict[str, Tensor]]:
     method = Lcl(tiny_backbone(), LclConfig())
-    vision = random_vision(PICTURES, method.backbone)
+    pictures = random_pictures(PICTURES, method.backbone)
     rows = iter(_rows())
-    batches = [method.collate([next(rows) for _ in range(size)], vision, {}) for size in sizes]
+    batches = [method.collate([next(rows) for _ in range(size)], pictures, None) for size in sizes]
     engine = PlainEngine(method)
     return train_step(engine, batches, 1e-3), dict(engine.gradients)
 
@@ -53,8 +53,8 @@ def test_gradient_is_equal_for_one_large_and_many_small_micro_batches() -> None:
 
 def test_loss_is_the_mean_over_all_targets_and_not_over_micro_batches() -> None:
     method = Lcl(tiny_backbone(), LclConfig())
-    vision = random_vision(PICTURES, method.backbone)
-    nll = torch.cat([method(method.collate([row], vision, {})).detach() for row in _rows()])
+    pictures = random_pictures(PICTURES, method.backbone)
+    nll = torch.cat([method(method.collate([row], pictures, None)).detach() for row in _rows()])
     metrics, _ = _step([5, 1])
     assert metrics.targets == len(nll)
     assert metrics.loss == pytest.approx(float(nll.mean()), rel=1e-5)
@@ -75,8 +75,8 @@ class _TwoWorkers(PlainEngine):
 
 def test_gradient_of_a_worker_is_weighted_by_the_targets_of_all_workers() -> None:
     method = Lcl(tiny_backbone(), LclConfig())
-    vision = random_vision(PICTURES, method.backbone)
-    batch = method.collate(_rows()[:2], vision, {})
+    pictures = random_pictures(PICTURES, method.backbone)
+    batch = method.collate(_rows()[:2], pictures, None)
     mine = batch.num_scored
     alone = PlainEngine(method)
     first = train_step(alone, [batch], 0.0)

@@ -1,0 +1,327 @@
+"""Every family and every method: the same numbers by another way.
+
+The models are tiny and random, with the processors of their kind (`tests.families`). What "equal" means is
+the last bits of 32-bit sums taken in another order: scores are of the order of 1, so 1e-4 is far above what
+another order can change and far below what a wrong position, mask or token does.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmicl_core.backbones.decoding import Decoding
+from mmicl_core.backbones.hugging_face import ROLES, HuggingFaceBackbone, load_backbone
+from mmicl_core.backbones.vision import join
+from mmicl_core.data.collate import NOT_SCORED, Packed, pack
+from mmicl_core.data.pictures import VISUAL, PreparedPicture
+from mmicl_core.errors import CheckpointError
+from mmicl_core.methods import load_method
+from mmicl_core.methods.adapter import load_parameters
+from mmicl_core.methods.base import Method, Plain
+from mmicl_core.prompts import Turn
+from tests.fakes import draw_picture
+from tests.families import NAMES, write_model
+from tests.methods import METHOD_NAMES, answered, batch_rows, make_method, unanswered
+
+LAST_BITS = {"atol": 1e-4, "rtol": 1e-4}
+# Of different shapes, where a family makes different numbers of tokens of them.
+SHAPES = ((40, 60), (64, 30), (50, 50), (40, 60))
+GENERATED = 4
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("families")
+
+    @cache
+    def folder(name: str) -> Path:
+        write_model(name, root / name)
+        return root / name
+
+    return folder
+
+
+@pytest.fixture
+def backbone(models: Any, request: pytest.FixtureRequest) -> HuggingFaceBackbone:
+    return load_backbone(models(request.getfixturevalue("family")))
+
+
+def see(backbone: HuggingFaceBackbone) -> dict[str, PreparedPicture]:
+    pictures = [draw_picture(number).resize(shape) for number, shape in enumerate(SHAPES)]
+    return dict(zip("abcd", backbone.prepare(pictures), strict=True))
+
+
+every_family = pytest.mark.parametrize("family", NAMES)
+every_method = pytest.mark.parametrize("method_name", METHOD_NAMES)
+
+
+@every_family
+def test_every_parameter_of_a_family_has_one_role(family: str, backbone: HuggingFaceBackbone) -> None:
+    found = [name for role in ROLES for name, _ in backbone.role_parameters(role)]
+    assert len(found) == len(set(found))
+    assert set(found) == {name for name, _ in backbone.model.named_parameters()}
+    for role in ("vision_tower", "projector", "language_model"):
+        assert list(backbone.role_parameters(role)), role
+
+
+@every_family
+def test_prompt_with_pictures_has_the_likelihood_that_the_model_gives_it_by_its_ids(
+    family: str, backbone: HuggingFaceBackbone
+) -> None:
+    method = Plain(backbone)
+    with torch.no_grad():
+        for row in batch_rows():
+            batch = method.collate([row], see(backbone), None)
+            torch.testing.assert_close(method(batch), by_ids(backbone, batch), **LAST_BITS)
+
+
+@every_family
+def test_fused_tokens_that_are_the_real_embeddings_give_the_likelihood_of_the_real_text(
+    family: str, backbone: HuggingFaceBackbone
+) -> None:
+    chat, pictures = backbone.chat, see(backbone)
+    shown = [Turn((), "This is", "bako"), Turn((), "What is this?", "mute")]
+    query = Turn(("a", "b"), "This is", "bako", scored=True)
+    ids = [token for turn in shown for piece in chat.turn(turn) for token in piece.ids]
+    given = [pictures[key] for key in query.pictures]
+    filling = {"pictures": given, "padding_id": backbone.tokenizer.pad_token_id}
+    fused = pack([chat.conversation([query], fused=1)], fused_tokens=[len(ids)], **filling)
+    plain = pack([chat.conversation([*shown, query])], **filling)
+    with torch.no_grad():
+        visual = backbone.see(join(given), [query.question] * 2)
+        words = backbone.model.get_input_embeddings()(torch.tensor(ids))
+        behind_fused = backbone.answer_nll(backbone.embed(fused, visual, words), fused)
+        behind_text = backbone.answer_nll(backbone.embed(plain, visual), plain)
+    torch.testing.assert_close(behind_fused, behind_text, **LAST_BITS)
+
+
+@every_family
+def test_picture_alone_becomes_what_it_becomes_beside_others(
+    family: str, backbone: HuggingFaceBackbone
+) -> None:
+    pictures = list(see(backbone).values())
+    questions = ["This is"] * len(pictures)
+    with torch.no_grad():
+        together = backbone.see(join(pictures), questions)
+        apart = [backbone.see(join([one]), ["This is"]) for one in pictures]
+    torch.testing.assert_close(together, torch.cat(apart), **LAST_BITS)
+    assert [len(one) for one in apart] == [sum(token == VISUAL for token in one.ids) for one in pictures]
+
+
+@every_family
+def test_turn_without_a_picture_is_read_as_text(family: str, backbone: HuggingFaceBackbone) -> None:
+    method = Plain(backbone)
+    row = unanswered([answered([], ["bako"])])[0]
+    with torch.no_grad():
+        (said,) = answers(method, method.collate([row], {}, None, side="left"))
+    assert len(said) <= GENERATED
+
+
+@every_family
+@every_method
+def test_gradient_reaches_all_parameters_of_a_method_and_nothing_else(
+    family: str, method_name: str, backbone: HuggingFaceBackbone
+) -> None:
+    method = make_method(method_name, backbone).train()
+    owned = method.trainable()
+    if not owned or method_name == "mtv":
+        return
+    method(method.collate(batch_rows(), see(backbone), None)).sum().backward()
+    moved = {name for name, p in method.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert moved == set(owned)
+    for role in ROLES:
+        if not any(parameter.requires_grad for _, parameter in backbone.role_parameters(role)):
+            assert not any(module.training for module in role_modules(backbone, role)), role
+
+
+@every_family
+@every_method
+def test_prompt_does_not_depend_on_its_batch_neighbours_or_on_the_side_of_padding(
+    family: str, method_name: str, backbone: HuggingFaceBackbone
+) -> None:
+    method = make_method(method_name, backbone)
+    pictures, rows = see(backbone), batch_rows()
+    with torch.no_grad():
+        together = method(method.collate(rows, pictures, None))
+        apart = [method(method.collate([row], pictures, None)) for row in rows]
+        left = method(method.collate(rows, pictures, None, side="left"))
+    torch.testing.assert_close(together, torch.cat(apart), **LAST_BITS)
+    torch.testing.assert_close(left, together, **LAST_BITS)
+
+
+@every_family
+@every_method
+def test_answers_grow_with_kept_keys_and_values_as_they_do_without(
+    family: str, method_name: str, backbone: HuggingFaceBackbone
+) -> None:
+    method = make_method(method_name, backbone)
+    pictures, rows = see(backbone), unanswered(batch_rows())
+    with torch.no_grad():
+        batch = method.collate(rows, pictures, None, side="left")
+        said = answers(method, batch)
+        alone = [answers(method, method.collate([row], pictures, None, side="left"))[0] for row in rows]
+        assert said == alone
+        if backbone.family.decoder is None:
+            for row, ids in zip(rows, said, strict=True):
+                one = method.collate([row], pictures, None, side="left")
+                for count, token in enumerate(ids):
+                    scores = recomputed(method, one, ids[:count])
+                    assert int(scores.argmax()) == token
+
+
+@every_family
+def test_greedy_text_is_what_the_library_itself_generates(family: str, backbone: HuggingFaceBackbone) -> None:
+    method = Plain(backbone)
+    row = unanswered(batch_rows())[1]
+    with torch.no_grad():
+        batch = method.collate([row], see(backbone), None, side="left")
+        (said,) = answers(method, batch)
+        given = named_inputs(backbone, batch)
+        ids = backbone.model.generate(
+            **given, max_new_tokens=GENERATED, do_sample=False, pad_token_id=method.padding_id
+        )[0]
+    new = ids if backbone.family.decoder else ids[batch.packed.ids_BL.shape[1] :]
+    start = backbone.text_config.decoder_start_token_id if backbone.family.decoder else None
+    theirs = [token for token in new.tolist() if token != start]
+    end = backbone.tokenizer.eos_token_id
+    assert said == (theirs[: theirs.index(end)] if end in theirs else theirs)
+
+
+@pytest.fixture(scope="session")
+def saved(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every method around every family, saved, with what it said before."""
+    root = tmp_path_factory.mktemp("adapters")
+    for family in NAMES:
+        for method_name in METHOD_NAMES:
+            backbone = load_backbone(models(family))
+            method = make_method(method_name, backbone)
+            folder = root / f"{family}-{method_name}"
+            if method_name == "lcl":
+                continue
+            method.save(folder, {"backbone_name": family})
+            torch.save(likelihood(method, backbone), folder / "said.pt")
+    return root
+
+
+def test_saved_method_says_the_same_in_another_process(models: Any, saved: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from tests.unit.backbones.test_parity import compare_saved; "
+        "compare_saved(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    families = models(NAMES[0]).parent
+    told = subprocess.run(
+        [sys.executable, "-c", script, str(families), str(saved)], capture_output=True, text=True
+    )
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.split() == sorted(folder.name for folder in saved.iterdir())
+
+
+def compare_saved(families: Path, saved: Path) -> None:
+    """Load every saved method and compare what it says; runs in a process of its own."""
+    torch.set_num_threads(1)
+    for folder in sorted(saved.iterdir()):
+        backbone = load_backbone(families / folder.name.rpartition("-")[0])
+        said = likelihood(load_method(folder, backbone), backbone)
+        assert torch.equal(said, torch.load(folder / "said.pt")), folder.name
+        print(folder.name)
+
+
+@pytest.mark.parametrize("method_name", [name for name in METHOD_NAMES if name != "lcl"])
+def test_saved_method_is_refused_by_another_family_size_or_method_with_the_first_difference(
+    models: Any, saved: Path, method_name: str, tmp_path: Path
+) -> None:
+    folder = saved / f"llava-{method_name}"
+    with pytest.raises(CheckpointError, match="model_type 'llava', here it is 'internvl'"):
+        load_method(folder, load_backbone(models("internvl")))
+    write_model("llava", tmp_path / "wider", size=48)
+    with pytest.raises(CheckpointError, match="width 32, here it is 48"):
+        load_method(folder, load_backbone(tmp_path / "wider"))
+    other = make_method("aim" if method_name != "aim" else "lora", load_backbone(models("llava")))
+    with pytest.raises(CheckpointError, match=f"method '{method_name}', here it is '{other.config.type}'"):
+        load_parameters(other, folder)
+
+
+def by_ids(backbone: HuggingFaceBackbone, batch: Any) -> Tensor:
+    """Negative log-likelihood of the scored tokens by the model's own forward."""
+    given = named_inputs(backbone, batch)
+    labels = batch.packed.labels_BL
+    if backbone.family.decoder is not None:
+        target = labels[labels != NOT_SCORED][None]
+        start = torch.full((1, 1), backbone.text_config.decoder_start_token_id)
+        logits = backbone.model(**given, decoder_input_ids=torch.cat([start, target[:, :-1]], dim=1)).logits
+        return F.cross_entropy(logits[0], target[0], reduction="none")
+    logits = backbone.model(**given).logits
+    scored = labels[:, 1:] != NOT_SCORED
+    return F.cross_entropy(logits[:, :-1][scored], labels[:, 1:][scored], reduction="none")
+
+
+def named_inputs(backbone: HuggingFaceBackbone, batch: Any) -> dict[str, Any]:
+    """One prompt as the library's own callers give it: ids with placeholders, pixels, types of tokens."""
+    packed: Packed = batch.packed
+    marker = backbone.vision.placeholder_id
+    ids = packed.ids_BL.masked_fill(packed.image_BL, marker)
+    kept = slice(None)
+    if backbone.family.decoder is not None:
+        # The answer stands in the decoder.
+        kept = ~packed.answer_BL[0]
+    given: dict[str, Any] = {"input_ids": ids[:, kept], "attention_mask": packed.mask_BL[:, kept]}
+    given |= backbone.vision.inputs(batch.pictures, batch.questions)
+    if backbone.family.positions == "mrope":
+        given["mm_token_type_ids"] = packed.image_BL.int()
+    if backbone.family.attends == "pictures":
+        given["token_type_ids"] = packed.image_BL.int()
+    if backbone.family.attends == "prefix":
+        given["token_type_ids"] = (packed.answer_BL.int().cumsum(1) > 0).int()
+    return given
+
+
+def likelihood(method: Method, backbone: HuggingFaceBackbone) -> Tensor:
+    with torch.no_grad():
+        return method(method.collate(batch_rows(), see(backbone), None))
+
+
+def answers(method: Method, batch: Any) -> list[list[int]]:
+    return method.answer(batch, GENERATED)
+
+
+def recomputed(method: Method, batch: Any, ids: Sequence[int]) -> Tensor:
+    """Scores of the token behind a prompt and `ids`, all of it computed anew."""
+    prompts = method.embed(batch)
+    if ids:
+        given = torch.tensor([ids])
+        words = method.backbone.model.get_input_embeddings()(given)
+        first = prompts.last_positions() + 1
+        positions = (first[:, None] + torch.arange(len(ids))).expand(*prompts.positions.shape[:-1], -1)
+        ones = torch.ones_like(given)
+        prompts = replace(
+            prompts,
+            embeds_BLD=torch.cat([prompts.embeds_BLD, words], dim=1),
+            mask_BL=torch.cat([prompts.mask_BL, ones], dim=1),
+            image_BL=torch.cat([prompts.image_BL, ones > 1], dim=1),
+            answer_BL=torch.cat([prompts.answer_BL, ones > 0], dim=1),
+            soft_BL=F.pad(prompts.soft_BL, (0, len(ids))) if prompts.soft_BL is not None else None,
+            positions=torch.cat([prompts.positions, positions], dim=-1),
+        )
+    with method.applied(prompts):
+        return Decoding(method.backbone, prompts).scores_BV[0]
+
+
+def role_modules(backbone: HuggingFaceBackbone, role: str) -> list[torch.nn.Module]:
+    paths = {
+        "vision_tower": (backbone.family.vision_tower,),
+        "projector": backbone.family.projector,
+        "language_model": (backbone.family.language_model,),
+        "head": (backbone.family.head,),
+    }[role]
+    return [module for name, module in backbone.model.named_modules() if name in paths]
