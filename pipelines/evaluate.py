@@ -80,8 +80,9 @@ def _evaluate_at(run: RunConfig, shots: int, source: Source, episodes: Stage, ro
     adapter = resolve(config.adapter) if config.adapter and adapted else None
     if adapter is not None and "mixed" in config.conditions and read_settings(adapter).type != "aim":
         raise ConfigError(
-            "evaluate.conditions ask for 'mixed', fused demonstrations before one written out, but the adapter "
-            f"in {adapter} is of method {read_settings(adapter).type!r}, which fuses none: leave it out"
+            "evaluate.conditions ask for 'mixed', fused demonstrations before one written out, but the "
+            f"adapter in {adapter} is of method {read_settings(adapter).type!r}, which fuses none: leave it "
+            "out"
         )
     stage = Stage(
         root,

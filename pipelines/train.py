@@ -23,7 +23,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import backbone_identity, load_backbone
-from mmicl_core.config.model import MtvConfig, SupConConfig
+from mmicl_core.config.model import MethodConfig, MtvConfig, SupConConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import TrainConfig
 from mmicl_core.data.files import write_atomic
@@ -56,17 +56,8 @@ def train(run: RunConfig, root: Path) -> Stage:
 
     The manifest holds `steps`, `world_size`, `zero_stage`, `partition`, `loss_first`, `loss_last`.
     """
-    materials, named = prepare(run, root), run.method
-    if isinstance(named, SupConConfig):
-        # Which teacher it was, the name of the materials says.
-        named = named.model_copy(update={"teacher": None})
-    elif named.start is not None:
-        folder = resolve(named.start)
-        # The workers have other working directories.
-        run = run.model_copy(update={"method": named.model_copy(update={"start": str(folder)})})
-        is_adapter = (folder / CONFIG_FILE).is_file()
-        identity = adapter_identity(folder) if is_adapter else backbone_identity(folder)
-        named = named.model_copy(update={"start": identity})
+    materials = prepare(run, root)
+    run, named = _resolve_start(run)
     stage = Stage(
         root,
         f"train-{run.method.type}",
@@ -90,32 +81,53 @@ def train(run: RunConfig, root: Path) -> Stage:
                 "counter": counter,
             }
             _fit(settings, run.train, work)
-        method = build_method(load_backbone(materials.backbone), run.method)
-        state = load_state(work / CHECKPOINT, _shapes(method))
-        with torch.no_grad():
-            for name, parameter in method.trainable().items():
-                parameter.copy_(state.parameters[name].value)
-        summary = _summary(work)
-        metrics = {key: summary[key] for key in ("steps", "loss_first", "loss_last")}
-        method.save(folder / RESULT, about | {"metrics": metrics})
-        shutil.copy(work / METRICS_FILE, folder / METRICS_FILE)
-        return summary
+        return _collect(run, materials, work, folder, about)
 
     manifest = stage.run(build)
-    if "partition" not in manifest:
-        # Fitted without workers.
-        return stage
-    partition = manifest["partition"]
-    log.info(
-        "ZeRO stage %d: each of %d workers holds %d of the %d elements of %s",
-        manifest["zero_stage"],
-        manifest["world_size"],
-        partition["shard_elements"],
-        partition["full_elements"],
-        partition["parameter"],
-    )
+    if "partition" in manifest:
+        partition = manifest["partition"]
+        log.info(
+            "ZeRO stage %d: each of %d workers holds %d of the %d elements of %s",
+            manifest["zero_stage"],
+            manifest["world_size"],
+            partition["shard_elements"],
+            partition["full_elements"],
+            partition["parameter"],
+        )
     shutil.rmtree(work, ignore_errors=True)
     return stage
+
+
+def _resolve_start(run: RunConfig) -> tuple[RunConfig, MethodConfig]:
+    """The run with its start where the workers find it, and the method as it names what is trained: by what
+    lies in folders, wherever they are."""
+    method = run.method
+    if isinstance(method, SupConConfig):
+        # Which teacher it was, the name of the materials says.
+        return run, method.model_copy(update={"teacher": None})
+    if method.start is None:
+        return run, method
+    folder = resolve(method.start)
+    is_adapter = (folder / CONFIG_FILE).is_file()
+    identity = adapter_identity(folder) if is_adapter else backbone_identity(folder)
+    found = method.model_copy(update={"start": str(folder)})
+    return run.model_copy(update={"method": found}), method.model_copy(update={"start": identity})
+
+
+def _collect(
+    run: RunConfig, materials: Materials, work: Path, folder: Path, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Turn the last checkpoint into the result; gives what the manifest says of the run."""
+    method = build_method(load_backbone(materials.backbone), run.method)
+    state = load_state(work / CHECKPOINT, _shapes(method))
+    with torch.no_grad():
+        for name, parameter in method.trainable().items():
+            parameter.copy_(state.parameters[name].value)
+    summary = _summary(work)
+    metrics = {key: summary[key] for key in ("steps", "loss_first", "loss_last")}
+    method.save(folder / RESULT, about | {"metrics": metrics})
+    shutil.copy(work / METRICS_FILE, folder / METRICS_FILE)
+    return summary
 
 
 def _fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> None:

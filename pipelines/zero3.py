@@ -54,7 +54,7 @@ def deepspeed_config(train: TrainConfig, world_size: int, *, bf16: bool) -> dict
         "bf16": {"enabled": bf16},
         # Weights and gradients travel between workers in 32 bits all the same.
         "torch_autocast": {
-            "enabled": train.autocast and not bf16,
+            "enabled": not bf16 and _multiplies_bf16(train.autocast),
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],
         },
@@ -67,6 +67,10 @@ def deepspeed_config(train: TrainConfig, world_size: int, *, bf16: bool) -> dict
             "reduce_scatter": not with_muon,
         },
     }
+
+
+def _multiplies_bf16(autocast: bool | str) -> bool:
+    return bool(torch.cpu.get_capabilities()["amx_bf16"]) if autocast == "auto" else bool(autocast)
 
 
 class ZeroEngine:

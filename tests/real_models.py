@@ -56,6 +56,8 @@ FLAN_T5_XL = {
     "pad_token_id": 0,
     "eos_token_id": 1,
 }
+# BERT's, and the mark that InstructBLIP begins a decoder with.
+QFORMER_WORDS = 30523
 EVA_G = {
     "hidden_size": 1408,
     "intermediate_size": 6144,
@@ -101,7 +103,7 @@ def _qwen() -> Any:
 def _instructblip() -> Any:
     return InstructBlipConfig(
         vision_config=EVA_G,
-        qformer_config={"vocab_size": 30523, "encoder_hidden_size": 1408},
+        qformer_config={"vocab_size": QFORMER_WORDS, "encoder_hidden_size": 1408},
         text_config=T5Config(**FLAN_T5_XL).to_dict(),
         image_token_index=32100,
     )
@@ -110,7 +112,7 @@ def _instructblip() -> Any:
 def _blip_2() -> Any:
     return Blip2Config(
         vision_config=EVA_G,
-        qformer_config={"vocab_size": 30523, "encoder_hidden_size": 1408},
+        qformer_config={"vocab_size": QFORMER_WORDS, "encoder_hidden_size": 1408},
         text_config=T5Config(**FLAN_T5_XL).to_dict(),
         image_token_index=32100,
     )
@@ -130,7 +132,11 @@ REAL: Mapping[str, tuple[str, Callable[[], Any]]] = {
 def _processor(family: str) -> Any:
     with TemporaryDirectory() as folder:
         write_model(family, Path(folder))
-        return load_processor(Path(folder))
+        processor = load_processor(Path(folder))
+    reader = getattr(processor, "qformer_tokenizer", None)
+    if reader is not None:
+        reader.add_tokens([f"[word {number}]" for number in range(QFORMER_WORDS - len(reader))])
+    return processor
 
 
 def outline(name: str) -> HuggingFaceBackbone:

@@ -68,9 +68,10 @@ class TrainConfig(Config):
     threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads of one worker's arithmetic, reserved in the cluster as CPUs."""
 
-    autocast: bool = False
-    """Without a GPU, multiply matrices in bf16 and keep everything else in 32 bits: for processors that
-    multiply bf16 in hardware (AMX). On a GPU training is in bf16 anyway."""
+    autocast: bool | Literal["auto"] = False
+    """Without a GPU, multiply matrices in bf16 and keep everything else in 32 bits; `auto` does so where the
+    processor multiplies bf16 in hardware (AMX), as one without takes many times longer for it. On a GPU
+    training is in bf16 anyway."""
 
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """The attention code of transformers that training runs; beside `autocast`, `eager` takes less time for

@@ -32,11 +32,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from mmicl_core.backbones.deep_prompts import class_states, prompts_before_pictures, prompts_beside_states
@@ -52,6 +54,9 @@ from mmicl_core.methods.base import Method, Pictures, PromptBatch, Side, States,
 from mmicl_core.prompts import Piece, Prompt, Turn
 
 __all__ = ["DeepPrompts", "M2pt"]
+
+# Grey, since Idefics takes a picture of nothing but zeros for padding.
+BLANK = Image.new("RGB", (64, 64), "grey")
 
 
 class DeepPrompts(nn.Module):
@@ -159,34 +164,45 @@ class M2pt(Method):
         nothing = Embedded(embeds_BLD, none_BL, none_BL.bool(), none_BL.bool(), none_BL)
         return self.backbone.read(self._behind_prompts(nothing), use_cache=True).past_key_values
 
-    def look(self, batch: PromptBatch) -> tuple[Tensor | None, Tensor | None]:
-        """Visual tokens of all pictures, (sum of V, D), and the soft tokens before them, (N n_v, D)."""
-        backbone, pictures = self.backbone, batch.pictures
+    def look(self, batch: PromptBatch) -> tuple[Tensor, Tensor | None]:
+        """Visual tokens of all pictures, (sum of V, D), and the soft tokens before them, (N n_v, D).
+
+        A batch without pictures has none of either, but a blank one is looked at all the same: all workers of
+        a run have to call the same modules, and every parameter has to get a gradient, be it zero.
+        """
+        pictures, questions = batch.pictures, batch.questions
         assert pictures.features is None, "the prompts stand inside the tower: it has to run"
+        if len(pictures):
+            return self._look(pictures, questions)
+        visual, soft_tokens = self._look(self._blank, ("",))
+        return visual[:0], None if soft_tokens is None else soft_tokens[:0]
+
+    @cached_property
+    def _blank(self) -> PictureBatch:
+        return join(self.backbone.prepare([BLANK]))
+
+    def _look(self, pictures: PictureBatch, questions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        backbone = self.backbone
         if self.visual_prompts is None:
-            return backbone.see(pictures, batch.questions), None
+            return backbone.vision.see(pictures, questions), None
         prompts_KSW = self.visual_prompts()
         inner_KSW, last_SW = prompts_KSW[:-1], prompts_KSW[-1]
         inside = prompts_before_pictures(self.blocks, inner_KSW, one_sequence=backbone.family.one_sequence)
         if backbone.family.merges is None:
             with inside, prompts_beside_states(backbone.projector, last_SW):
-                return backbone.see(pictures, batch.questions), None
+                return backbone.vision.see(pictures, questions), None
         with inside, self._class_states() as classes_NW:
-            visual = backbone.see(pictures, batch.questions)
-        return visual, self._project(last_SW, classes_NW, pictures)
+            visual = backbone.vision.see(pictures, questions)
+        return visual, self._project(last_SW, classes_NW, len(pictures))
 
-    def _project(self, last_SW: Tensor, classes_NW: list[Tensor], pictures: PictureBatch) -> Tensor:
-        """The interaction: soft tokens of all pictures, (N n_v, D).
-
-        Without a picture there are none, but the projector runs, and its gradient is zero: every worker of a
-        run has to call the same modules.
-        """
+    def _project(self, last_SW: Tensor, classes_NW: list[Tensor], pictures: int) -> Tensor:
+        """The interaction: soft tokens of all pictures, (N n_v, D)."""
         if self.config.preset == "clean":
             tokens_SD = self.backbone.vision.project_states(last_SW)
-            return tokens_SD.expand(len(pictures), -1, -1).flatten(0, 1)
+            return tokens_SD.expand(pictures, -1, -1).flatten(0, 1)
         kept = len(last_SW) - 1
         tokens_SD = self.backbone.vision.project_states(torch.cat([last_SW[1:], *classes_NW]))
-        prompts_NSD = tokens_SD[:kept].expand(len(pictures), -1, -1)
+        prompts_NSD = tokens_SD[:kept].expand(pictures, -1, -1)
         return torch.cat([prompts_NSD, tokens_SD[kept:, None]], dim=1).flatten(0, 1)
 
     @contextmanager

@@ -15,14 +15,12 @@ from statistics import median
 
 import pytest
 import torch
+from PIL import Image
 
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, load_backbone
 from mmicl_core.data.collate import Packed, pack
-from mmicl_core.methods.aim import fused_prompt
-from mmicl_core.methods.base import prompt_embeddings
-from mmicl_core.methods.lcl import full_prompt
-from mmicl_core.prompts import ChatFormat, Turn
+from mmicl_core.prompts import Turn, count_text
 
 REPETITIONS = 15
 TEXT_TOKENS = 6
@@ -31,13 +29,14 @@ TEXT_TOKENS = 6
 def read_time(
     backbone: HuggingFaceBackbone, packed: Packed, pictures: int, fused: int
 ) -> Callable[[], float]:
-    vision_NVW = torch.randn(pictures, backbone.visual_tokens, backbone.vision_width)
-    fused_TD = [torch.randn(TEXT_TOKENS, backbone.width) for _ in range(fused)]
+    states_NVW = torch.randn(pictures, int(packed.image_BL.sum()) // pictures, backbone.vision_width)
+    fused_TD = torch.randn(TEXT_TOKENS * fused, backbone.width) if fused else None
 
     @torch.no_grad()
     def measure() -> float:
         start = time.perf_counter()
-        hidden = backbone.hidden(prompt_embeddings(backbone, packed, vision_NVW, fused_TD), packed.mask_BL)
+        visual = backbone.projector(states_NVW).flatten(0, 1)
+        hidden = backbone.read(backbone.embed(packed, visual, fused_TD)).last_hidden_state
         backbone.logits(hidden[:, -1])
         return time.perf_counter() - start
 
@@ -48,15 +47,17 @@ def read_time(
 @pytest.mark.parametrize("shots_per_class", [1, 2, 4, 8])
 def test_fused_prompts_are_read_faster_than_full_ones_by_a_ratio(shots_per_class: int) -> None:
     backbone = load_backbone(resolve("embedded:nano"))
-    chat, count = ChatFormat(backbone.processor), 2 * shots_per_class
-    shown = [Turn("p", "This is", "bako")] * count
-    query = Turn("p", "This is", None)
-    padding, visual = backbone.tokenizer.pad_token_id, backbone.visual_tokens
-    full = pack([full_prompt(chat, [*shown, query])], visual_tokens=visual, padding_id=padding)
+    chat, count = backbone.chat, 2 * shots_per_class
+    shown = [Turn(("p",), "This is", "bako")] * count
+    query = Turn(("p",), "This is", None)
+    assert count_text(chat.turn(shown[0])) == TEXT_TOKENS
+    padding = backbone.tokenizer.pad_token_id
+    (prepared,) = backbone.prepare([Image.new("RGB", (72, 72), "red")])
+    full = pack([chat.conversation([*shown, query])], pictures=[prepared] * (count + 1), padding_id=padding)
     fused = pack(
-        [fused_prompt(chat, count, query)],
-        visual_tokens=visual,
-        fused_tokens=[[TEXT_TOKENS] * count],
+        [chat.conversation([query], count)],
+        pictures=[prepared],
+        fused_tokens=[TEXT_TOKENS] * count,
         padding_id=padding,
     )
     read_full = read_time(backbone, full, count + 1, 0)

@@ -28,8 +28,14 @@ MAY_IMPORT = {
     "mmicl_core.data.collate": {"mmicl_core.data", "mmicl_core.prompts", "mmicl_core.errors"},
     # Bytes and keys, no model.
     "mmicl_core.bank": {"mmicl_core.config", "mmicl_core.errors", "mmicl_core.data.files"},
-    # The name of a model is the digest of its files.
-    "mmicl_core.backbones": {"mmicl_core.errors", "mmicl_core.config", "mmicl_core.data.files"},
+    # The name of a model is the digest of its files; what it reads are packed prompts and prepared pictures.
+    "mmicl_core.backbones": {
+        "mmicl_core.errors",
+        "mmicl_core.prompts",
+        "mmicl_core.data.collate",
+        "mmicl_core.data.files",
+        "mmicl_core.data.pictures",
+    },
     "mmicl_core.embedders": MODEL | {"mmicl_core.backbones"},
     "mmicl_core.methods": MODEL | {"mmicl_core.backbones"},
     "mmicl_core.training": MODEL | {"mmicl_core.backbones", "mmicl_core.methods"},
@@ -56,6 +62,7 @@ LIBRARY_HOMES = {
         "mmicl_core.data.embedding",
     ),
     "faiss": ("mmicl_core.data.concepts",),
+    "peft": ("mmicl_core.methods.lora", "mmicl_core.methods.prompt_tuning"),
     "spacy": ("mmicl_core.data.concepts",),
     "torch": ("mmicl_core", "pipelines"),
     "fastapi": ("pipelines.serve",),

@@ -17,7 +17,7 @@ episodes:
 train: {steps: 4, global_batch: 4, micro_batch: 2}
 evaluate: {queries: 8, shots_per_class: [2]}
 """
-SCORES = ("zero_shot", "full", "fused", "fused_shipped", "swapped")
+SCORES = ("zero_shot", "full", "adapted", "shipped", "swapped")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_report_holds_what_every_part_measured(report):
         score = report["evaluation"][name]
         assert 0 <= score["low"] <= score["accuracy"] <= score["high"] <= 1
     tokens = report["tokens"]
-    assert tokens["demonstration_full"] >= 5 * tokens["demonstration_fused"]
+    assert tokens["demonstration_full"] >= 5 * tokens["demonstration_adapted"]
     assert report["serve"]["ttft_ms_full"] > 0 and report["serve"]["ttft_ms_pack"] > 0
     assert len(report["seconds"]) == 4
 

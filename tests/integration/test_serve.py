@@ -12,11 +12,11 @@ import pytest
 from ray import serve
 
 from mmicl_core.backbones.hugging_face import load_backbone
-from mmicl_core.config.model import BackboneConfig
+from mmicl_core.config.model import AimConfig, BackboneConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.serve import ServeConfig
 from mmicl_core.errors import ConfigError
-from mmicl_core.methods.aim import Aggregator
+from mmicl_core.methods.aim import Aim
 from pipelines.serve import app
 from tests.fakes import draw_picture, encode_picture, tiny_backbone
 
@@ -25,14 +25,13 @@ from tests.fakes import draw_picture, encode_picture, tiny_backbone
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     tiny_backbone().save(folder / "backbone")
-    backbone = load_backbone(folder / "backbone")
-    Aggregator(backbone.width).save(folder / "aggregator", backbone.identity)
+    Aim(load_backbone(folder / "backbone"), AimConfig()).save(folder / "adapter", {})
     return RunConfig(
         backbone=BackboneConfig(path=str(folder / "backbone")),
         serve=ServeConfig(
             port=free_port(),
             model_name="tiny",
-            aggregator=str(folder / "aggregator"),
+            adapter=str(folder / "adapter"),
             bank=str(folder / "bank"),
             max_new_tokens=6,
             max_image_pixels=10_000,
@@ -82,14 +81,9 @@ def data_uri(seed, side=72) -> str:
     return "data:image/png;base64," + base64.b64encode(encode_picture(draw_picture(seed, side))).decode()
 
 
-def asked(seed=99, side=72, text="This is"):
-    return {
-        "role": "user",
-        "content": [
-            {"type": "text", "text": text},
-            {"type": "image_url", "image_url": {"url": data_uri(seed, side)}},
-        ],
-    }
+def asked(*seeds, side=72, text="This is"):
+    pictures = [{"type": "image_url", "image_url": {"url": data_uri(seed, side)}} for seed in seeds or (99,)]
+    return {"role": "user", "content": [{"type": "text", "text": text}, *pictures]}
 
 
 def register(client, count=4) -> dict:
@@ -129,6 +123,19 @@ def test_answer_can_be_sent_back_as_the_turn_before_the_next_question(client):
     first = chat(client)
     second = chat(client, asked(), first.choices[0].message)
     assert second.usage.prompt_tokens > first.usage.prompt_tokens + 25
+
+
+def test_all_pictures_of_a_message_are_read_in_their_order(client):
+    def answer(*messages):
+        return client.chat.completions.create(model="tiny", messages=messages)
+
+    one, both, exchanged = answer(asked(1)), answer(asked(1, 2)), answer(asked(2, 1))
+    assert both.usage.prompt_tokens == exchanged.usage.prompt_tokens == one.usage.prompt_tokens + 25
+    said = [reply.choices[0].message.content for reply in (one, both, exchanged)]
+    assert len(set(said)) == 3
+    # Two pictures of the turn before count as well.
+    again = answer(asked(1, 2), both.choices[0].message, asked(1, 2))
+    assert again.usage.prompt_tokens > 2 * both.usage.prompt_tokens - 2
 
 
 def test_streamed_answer_is_the_answer_in_pieces(client):
@@ -198,13 +205,13 @@ def test_second_server_on_the_same_port_is_refused_and_the_first_goes_on(client,
     assert chat(client).usage.completion_tokens > 0
 
 
-def test_server_whose_aggregator_fits_another_model_does_not_start_and_leaves_nothing(
+def test_server_whose_adapter_fits_another_model_does_not_start_and_leaves_nothing(
     ray_cluster, run, tmp_path
 ):
     app.stop()
-    Aggregator(32).save(tmp_path / "foreign", "another backbone")
-    settings = run.serve.model_copy(update={"aggregator": str(tmp_path / "foreign"), "port": free_port()})
-    with pytest.raises(ConfigError, match="was trained for backbone another backbone"):
+    Aim(tiny_backbone(), AimConfig()).save(tmp_path / "foreign", {})
+    settings = run.serve.model_copy(update={"adapter": str(tmp_path / "foreign"), "port": free_port()})
+    with pytest.raises(ConfigError, match="is for backbone 'tiny-0', here it is "):
         app.start(run.model_copy(update={"serve": settings}))
     assert not serve.status().applications
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +19,13 @@ from mmicl_core.config.episodes import EpisodeConfig, ShotStage
 from mmicl_core.config.model import AimConfig, LclConfig, MethodConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import TrainConfig
-from mmicl_core.data.store import ArrayStore
+from mmicl_core.data.pictures import VISUAL
+from mmicl_core.data.store import ArrayStore, PictureStore
 from mmicl_core.errors import CheckpointError, find_mistake
-from mmicl_core.methods import METHODS, build_method
+from mmicl_core.methods import METHODS, build_method, load_method
+from mmicl_core.methods.adapter import read_about
 from mmicl_core.methods.base import Method
+from mmicl_core.prompts import Turn, demonstration_key
 from mmicl_core.training.checkpoint import load_state
 from pipelines.episodes import read_episodes
 from pipelines.feed import Feed
@@ -130,6 +135,20 @@ def test_training_learns_its_few_episodes_and_changes_the_weights(
     assert moved == {name for name in start if "vision_tower" not in name}
 
 
+@pytest.mark.parametrize("method", [AIM], ids=["aim"], indirect=True)
+def test_trained_adapter_fits_its_model_and_says_what_was_trained(
+    folder: Path, uninterrupted: Path, method: MethodConfig
+) -> None:
+    backbone, losses = load_backbone(folder / "backbone"), _losses(uninterrupted)
+    loaded = load_method(uninterrupted / RESULT, backbone)
+    for name, tensor in _weights(uninterrupted).items():
+        assert torch.equal(loaded.get_parameter(name), tensor)
+    about = read_about(uninterrupted / RESULT)
+    assert about["metrics"] == {"steps": STEPS, "loss_first": losses[0], "loss_last": losses[-1]}
+    assert (about["backbone"], about["backbone_name"]) == (backbone.identity, str(folder / "backbone"))
+    assert about["settings"] == method.model_dump(mode="json")
+
+
 def test_finished_training_is_reused_and_leaves_no_working_folder(
     folder: Path, uninterrupted: Path, method: MethodConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -149,7 +168,7 @@ def test_run_stopped_and_resumed_on_one_worker_ends_like_an_uninterrupted_one(
 ) -> None:
     root = folder / "run"
 
-    def full(method: Method, result: Path) -> None:
+    def full(method: Method, result: Path, about: Mapping[str, Any]) -> None:
         raise OSError("no space left")
 
     short = _run(folder, method, STOPPED_AT, workers=2)
@@ -244,7 +263,9 @@ def test_streamed_episodes_are_the_batches_of_written_ones_and_none_is_written(
         losses[streamed] = torch.cat([built(batch) for batch in batches]).detach()
         assert not feed.replaced
     assert (made[True].episodes, made[True].features, made[True].states) == (None, None, None)
-    assert made[False].episodes and made[False].features
+    assert made[False].episodes
+    # What trains the projector looks at every picture itself.
+    assert (made[False].features is None) == (METHODS[config.type].takes == "pixels")
     # Kept states and features are rounded to 16 bits; those read in the step are not.
     torch.testing.assert_close(losses[True], losses[False], rtol=2e-3, atol=2e-3)
 
@@ -254,14 +275,19 @@ def test_features_hold_both_versions_of_every_query_and_the_states_of_every_demo
 ) -> None:
     materials = prepare(_run(folder, AIM, STEPS, workers=2), folder / "run")
     assert materials.features and materials.states and materials.episodes
-    features, states = ArrayStore(materials.features), ArrayStore(materials.states)
+    features, states = PictureStore(materials.features), ArrayStore(materials.states)
     backbone = tiny_backbone()
     for row in read_episodes(materials.episodes):
         query = row["turns"][-1]["picture"]
-        assert features[query].shape == (backbone.visual_tokens, backbone.vision_width)
-        assert not np.array_equal(features[query], features[f"{query}#1"])
+        seen, changed = features[query], features[f"{query}#1"]
+        assert seen.ids == changed.ids == (VISUAL,) * 25
+        assert seen.features is not None and changed.features is not None
+        assert seen.features.shape == changed.features.shape == (25, backbone.width)
+        assert not np.array_equal(seen.features, changed.features)
         for turn in row["turns"][:-1]:
-            assert "\t".join((turn["picture"], turn["question"], turn["answer"])) in states
+            key = demonstration_key(Turn((turn["picture"],), turn["question"], turn["answer"]))
+            assert key == "\t".join((turn["picture"], turn["question"], turn["answer"]))
+            assert key in states
 
 
 def _shapes(config: MethodConfig) -> dict[str, tuple[int, ...]]:
@@ -277,4 +303,5 @@ def _weights(result: Path) -> dict[str, torch.Tensor]:
 def _weights_at_the_start(folder: Path, config: MethodConfig) -> dict[str, torch.Tensor]:
     if isinstance(config, LclConfig):
         return load_file(folder / "backbone" / "model.safetensors")
-    return build_method(load_backbone(folder / "backbone"), config).aggregator.state_dict()
+    method = build_method(load_backbone(folder / "backbone"), config)
+    return {name: parameter.detach() for name, parameter in method.trainable().items()}

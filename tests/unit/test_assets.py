@@ -1,4 +1,4 @@
-"""The model and the aggregator that come along: what they are, and that they do what their cards say."""
+"""The model and the adapter that come along: what they are, and that they do what their cards say."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from mmicl_core.assets import resolve
@@ -19,15 +20,18 @@ from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, load_backbone
 from mmicl_core.config.episodes import EpisodeConfig, ShotStage
 from mmicl_core.config.train import Condition
 from mmicl_core.data.images import decode
+from mmicl_core.data.pictures import VISUAL, PreparedPicture
 from mmicl_core.evaluation.metrics import names_exactly, names_only
 from mmicl_core.evaluation.naming import NamingTask
-from mmicl_core.methods.aim import Aggregator
+from mmicl_core.methods import load_method
+from mmicl_core.methods.aim import Aim
+from mmicl_core.methods.base import Method, Plain
 from tests.corpora import Opened, drawn_episodes, open_shards
 from tests.fakes import episode_row
 
 NANO, AIM, CORPUS = (resolve(f"embedded:{name}") for name in ("nano", "nano_aim", "open_emoji"))
 LARGEST_MODEL_BYTES = 32_000_000
-LARGEST_AGGREGATOR_BYTES = 600_000
+LARGEST_ADAPTER_BYTES = 600_000
 LARGEST_MODEL_PARAMETERS = 15_000_000
 EPISODES = 40
 STOCK_ONLY = """
@@ -52,14 +56,15 @@ def nano() -> HuggingFaceBackbone:
 
 
 @pytest.fixture(scope="module")
-def aggregator(nano: HuggingFaceBackbone) -> Aggregator:
-    return Aggregator.load(AIM, nano)
+def aim(nano: HuggingFaceBackbone) -> Method:
+    return load_method(AIM, nano)
 
 
 def test_nano_is_small_16_bit_and_reads_enough_visual_tokens(nano):
     assert sum(parameter.numel() for parameter in nano.parameters()) <= LARGEST_MODEL_PARAMETERS
     assert sum(file.stat().st_size for file in NANO.rglob("*")) <= LARGEST_MODEL_BYTES
-    assert nano.visual_tokens >= 25
+    (prepared,) = nano.prepare([Image.new("RGB", (72, 72), "red")])
+    assert sum(token == VISUAL for token in prepared.ids) >= 25
     for file in NANO.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}  # noqa: SIM118
@@ -77,9 +82,10 @@ def test_nano_is_loaded_and_generates_with_nothing_of_ours_imported(tmp_path):
     assert int(ended.stdout) > 0, "it said nothing"
 
 
-def test_aggregator_is_of_a_few_hundred_kilobytes_and_fits_nano(aggregator, nano):
-    assert sum(file.stat().st_size for file in AIM.rglob("*")) <= LARGEST_AGGREGATOR_BYTES
-    assert aggregator(torch.zeros(2, nano.width)).shape == (2, nano.width)
+def test_adapter_is_of_a_few_hundred_kilobytes_and_fits_nano(aim, nano):
+    assert sum(file.stat().st_size for file in AIM.rglob("*")) <= LARGEST_ADAPTER_BYTES
+    assert isinstance(aim, Aim)
+    assert aim.aggregator(torch.zeros(2, nano.width)).shape == (2, nano.width)
 
 
 @pytest.mark.parametrize("folder", [NANO, AIM], ids=["nano", "nano_aim"])
@@ -123,21 +129,29 @@ def episodes(corpus) -> list[dict[str, Any]]:
 
 def see(
     nano: HuggingFaceBackbone, corpus: Opened, rows: Sequence[Mapping[str, Any]]
-) -> Mapping[str, torch.Tensor]:
-    """Vision-tower output of every picture of the episodes `rows`."""
+) -> Mapping[str, PreparedPicture]:
+    """Every picture of the episodes `rows`, as nano takes it."""
     keys = sorted({turn["picture"] for row in rows for turn in row["turns"]})
-    seen = nano.encode_pixels(nano.pixels([decode(corpus.encoded[key]) for key in keys]))
-    return dict(zip(keys, seen, strict=True))
+    prepared = nano.prepare([decode(corpus.encoded[key]) for key in keys])
+    return dict(zip(keys, prepared, strict=True))
 
 
 @pytest.mark.parametrize(
     ("condition", "low", "high"),
-    [("full", 0.7, 1.0), ("fused", 0.6, 1.0), ("swapped", 0.0, 0.3), ("zero_shot", 0.0, 0.0)],
+    [
+        ("full", 0.7, 1.0),
+        ("adapted", 0.6, 1.0),
+        ("mixed", 0.6, 1.0),
+        ("swapped", 0.0, 0.3),
+        ("adapted_swapped", 0.0, 0.4),
+        ("zero_shot", 0.0, 0.0),
+        ("adapted_zero_shot", 0.0, 0.0),
+    ],
 )
 def test_nano_learns_names_from_demonstrations_and_follows_them(
-    nano, aggregator, corpus, episodes, condition: Condition, low, high
+    nano, aim, corpus, episodes, condition: Condition, low, high
 ):
-    task = NamingTask(nano, aggregator, max_new_tokens=12)
+    task = NamingTask(Plain(nano), aim, max_new_tokens=12)
     answers = task.answer(episodes, condition, see(nano, corpus, episodes))
     right = [
         names_only(said, row["answer"], row["other"]) for said, row in zip(answers, episodes, strict=True)
@@ -155,6 +169,7 @@ def test_nano_says_the_true_names_of_most_pictures_that_it_was_trained_on(nano, 
     ]
     asked = known[:: len(known) // EPISODES][:EPISODES]
     rows = [episode_row([pair["picture"]], [pair["name"]]) for pair in asked]
-    answers = NamingTask(nano, None, max_new_tokens=12).answer(rows, "true_name", see(nano, corpus, rows))
+    task = NamingTask(Plain(nano), None, max_new_tokens=12)
+    answers = task.answer(rows, "true_name", see(nano, corpus, rows))
     right = [names_exactly(said, pair["name"]) for said, pair in zip(answers, asked, strict=True)]
     assert sum(right) / EPISODES > 0.6

@@ -4,7 +4,9 @@ from importlib.metadata import version
 
 import pytest
 
+from mmicl_core.backbones.hugging_face import ROLES
 from mmicl_core.errors import BackboneError
+from mmicl_core.methods import METHODS
 from pipelines import cli, doctor
 from tests.fakes import tiny_backbone
 
@@ -52,9 +54,32 @@ def test_backbone_is_described_by_role(capsys, healthy, tmp_path):
     backbone.save(tmp_path / "model")
     assert cli.main(["doctor", "--backbone", str(tmp_path / "model")]) == 0
     told = capsys.readouterr().out
-    for role in doctor.ROLES:
+    total = sum(parameter.numel() for parameter in backbone.parameters())
+    assert f"llava, decoder, width 32, vision width 32, {total:,} parameters" in told
+    family, parts = backbone.family, 0
+    paths = (family.vision_tower, *family.projector, family.language_model, family.head)
+    for role, path in zip(ROLES, paths, strict=True):
         parameters = sum(parameter.numel() for parameter in getattr(backbone, role).parameters())
-        assert f"  {role}: {parameters:,} parameters" in told
+        # The head is the matrix of the embeddings, which is counted once.
+        said = f"{parameters:,} parameters" if role != "head" else "0 parameters, tied to the embeddings"
+        assert f"  {role:<15} {path}: {said}\n" in told
+        parts += parameters if role != "head" else 0
+    assert parts == total
+
+
+def test_doctor_tells_what_each_method_would_train_of_a_backbone(capsys, healthy, tmp_path):
+    backbone = tiny_backbone()
+    backbone.save(tmp_path / "model")
+    assert cli.main(["doctor", "--backbone", str(tmp_path / "model")]) == 0
+    told = capsys.readouterr().out
+    for name in METHODS:
+        assert f"\n  {name:<15} trains " in told
+    width, total = backbone.width, sum(parameter.numel() for parameter in backbone.parameters())
+    tower = sum(parameter.numel() for parameter in backbone.vision_tower.parameters())
+    # A projection with its LayerNorm, soft tokens, all but the tower.
+    expected = {"aim": width * width + 3 * width, "prompt_tuning": 20 * width, "lcl": total - tower}
+    for name, trained in expected.items():
+        assert f"\n  {name:<15} trains {trained:,} parameters, {trained / total:.2%}" in told
 
 
 def test_folder_that_is_no_backbone_is_a_mistake(capsys, healthy, tmp_path):

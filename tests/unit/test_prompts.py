@@ -200,3 +200,43 @@ def test_decoding_gives_the_words_without_control_tokens() -> None:
     backbone = tiny_backbone()
     ids = backbone.tokenizer("bako</s>", add_special_tokens=False)["input_ids"]
     assert backbone.chat.decode(ids) == "bako"
+
+
+def test_long_turn_loses_the_end_of_its_question_and_keeps_its_picture_and_answer() -> None:
+    chat = tiny_backbone().chat
+    turn = Turn(("a",), "This is surely what it is and not what it is not", "bako", scored=True)
+    whole = chat.turn(turn)
+    most = count_text(whole) - 5
+    pieces, cut = chat.cut(turn, most)
+    assert cut and most - 3 <= count_text(pieces) <= most
+    assert [piece.kind for piece in pieces] == [piece.kind for piece in whole]
+    assert pieces[-1] == whole[-1]
+    question = whole[1].ids
+    kept = len(pieces[1].ids) - 2
+    assert pieces[1].ids[:kept] == question[:kept]
+    assert chat.cut(turn, count_text(whole)) == (whole, False)
+
+
+def test_turn_whose_answer_alone_is_too_long_is_refused_with_both_numbers() -> None:
+    chat = tiny_backbone().chat
+    with pytest.raises(DataError, match=r"of which \d+ are its question, and 3 are allowed"):
+        chat.cut(Turn(("a",), "This is", "bako mute sidu"), 3)
+
+
+def test_places_of_several_pictures_stand_in_their_order_before_the_question() -> None:
+    pieces = tiny_backbone().chat.turn(Turn(("a", "b"), "This is", None))
+    assert [(piece.kind, piece.reference) for piece in pieces[:2]] == [(IMAGE, "a"), (IMAGE, "b")]
+
+
+def test_processor_without_a_chat_template_takes_that_of_the_family_or_is_refused() -> None:
+    assert _text(_chat(None, _vicuna).turn(Turn((), "What?", None))) == "USER: What? ASSISTANT:"
+    with pytest.raises(BackboneError, match="has no chat template, and its family no plain one"):
+        _chat(None)
+
+
+def test_template_that_writes_no_place_for_a_picture_is_refused() -> None:
+    def blind(spoken: list[tuple[str, str]], asks: bool) -> str:
+        return _vicuna(spoken, asks).replace("<image>", "")
+
+    with pytest.raises(BackboneError, match="gives 0 places for 1 pictures"):
+        _chat(blind).turn(Turn(("a",), "What?", None))

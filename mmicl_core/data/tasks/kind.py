@@ -31,19 +31,18 @@ def plan_kind(slot: Slot, task: KindConfig, pool: Pool, rng: random.Random) -> P
     if concept is None:
         return reasons.NO_KIND
     query = rng.choice(section.asked(concept))
-    shown = _shown(section, concept, task.demonstrations, rng)
+    shown = _shown(pool, section, concept, query, task.demonstrations, rng)
     if shown is None:
         return reasons.TOO_FEW_KINDS.format(task.demonstrations)
     rng.shuffle(shown)
-    told = [*((kind, rng.choice(section.shown(group))) for group, kind in shown)]
-    answers = [*(kind for kind, _ in told), kinds[concept]]
+    answers = [*(kind for _, kind in shown), kinds[concept]]
     return Plan(
         slot,
         task.type,
-        pictures=[*(picture for _, picture in told), query],
+        pictures=[*(picture for picture, _ in shown), query],
         questions=[KIND_QUESTION] * len(answers),
         answers=answers,
-        scored=[False] * len(told) + [True],
+        scored=[False] * len(shown) + [True],
         demonstrations=task.demonstrations,
     )
 
@@ -55,17 +54,21 @@ def kinds_of(catalogue: Catalogue) -> tuple[str, ...]:
     return tuple((kind or "").replace("-", " ").strip() for kind in told)
 
 
-def _shown(section: Section, concept: int, count: int, rng: random.Random) -> list[tuple[int, str]] | None:
-    """Concepts to show with their kinds, the first of the query's own kind; None where there are too few."""
-    kinds = kinds_of(section.catalogue)
+def _shown(
+    pool: Pool, section: Section, concept: int, query: int, count: int, rng: random.Random
+) -> list[tuple[int, str]] | None:
+    """Pictures to show with their kinds, one of the query's own kind; None where there are too few."""
+    if not count:
+        return []
+    kinds, guard = kinds_of(section.catalogue), pool.guard(section, query)
     found: list[tuple[int, str]] = []
     others: list[tuple[int, str]] = []
     for group in shuffled(section.showing().groups, rng):
-        if len(found) == min(count, 1) and len(others) >= count - 1:
-            break
-        if group != concept and kinds[group]:
-            (found if kinds[group] == kinds[concept] else others).append((group, kinds[group]))
-    if not count:
-        return []
-    whole = [*found[:1], *others[: count - 1]]
-    return whole if found and len(whole) == count else None
+        wanted = found if kinds[group] == kinds[concept] else others
+        if group == concept or not kinds[group] or len(wanted) == (1 if wanted is found else count - 1):
+            continue
+        picture = guard.first(shuffled(section.shown(group), rng), 1)
+        wanted += [(picture[0], kinds[group])] if picture else []
+        if len(found) + len(others) == count:
+            return [*found, *others]
+    return None

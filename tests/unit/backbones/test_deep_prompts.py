@@ -127,7 +127,7 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
     for block in backbone.layers:
         block.training = True
     runs: list[Tensor] = []
-    backbone.layers[1].mlp.register_forward_hook(lambda _, given, output: runs.append(output))
+    backbone.layers[1].input_layernorm.register_forward_hook(lambda _, given, output: runs.append(output))
     hidden = backbone.read(prompts.after(soft_KSD[0], soft_KSD[1:])).last_hidden_state
     hidden[:, PROMPTS:].square().sum().backward()
     # Once forward, once again backward.

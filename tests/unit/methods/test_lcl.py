@@ -15,7 +15,7 @@ from mmicl_core.data.collate import NOT_SCORED
 from mmicl_core.data.pictures import PreparedPicture
 from mmicl_core.methods.base import episode_turns
 from mmicl_core.methods.lcl import Lcl
-from tests.fakes import PlainEngine, draw_picture, episode_row, random_pictures, tiny_backbone
+from tests.fakes import PlainEngine, draw_picture, episode_row, tiny_backbone
 
 PICTURES = [f"p{number}" for number in range(5)]
 SHORT = episode_row(["p0", "p1", "p2"], ["bako", "mute", "bako"])
@@ -84,7 +84,7 @@ def test_loss_with_the_tower_in_training_is_that_of_the_stock_model_on_ids_and_p
 
 def test_loss_of_a_batch_is_that_of_its_conversations_alone() -> None:
     method = _method()
-    pictures = random_pictures(PICTURES, method.backbone)
+    pictures, _ = _seen(method.backbone)
     together = method(method.collate([SHORT, LONG], pictures, None))
     apart = torch.cat([method(method.collate([row], pictures, None)) for row in (SHORT, LONG)])
     torch.testing.assert_close(together, apart, **LAST_BITS)
@@ -92,7 +92,7 @@ def test_loss_of_a_batch_is_that_of_its_conversations_alone() -> None:
 
 def test_loss_of_scored_positions_is_that_over_the_whole_vocabulary() -> None:
     method = _method()
-    batch = method.collate([_dense(SHORT), LONG], random_pictures(PICTURES, method.backbone), None)
+    batch = method.collate([_dense(SHORT), LONG], _seen(method.backbone)[0], None)
     embeds = torch.randn(*batch.packed.ids_BL.shape, method.backbone.width)
     prompts = replace(method.embed(batch), embeds_BLD=embeds)
     quick = method.backbone.answer_nll(prompts, batch.packed)
@@ -122,7 +122,7 @@ def test_language_model_projector_and_head_are_trained_and_the_tower_never() -> 
 def test_model_learns_two_conversations_by_heart() -> None:
     method = _method()
     engine = PlainEngine(method)
-    batch = method.collate([SHORT, LONG], random_pictures(PICTURES, method.backbone), None)
+    batch = method.collate([SHORT, LONG], _seen(method.backbone)[0], None)
     for _ in range(60):
         engine.backward(method(batch).mean())
         engine.step(1e-2)
@@ -144,7 +144,7 @@ def test_saved_model_gives_the_same_loss_in_16_bits(tmp_path: Path) -> None:
 
 def test_conversation_scores_the_tokens_of_the_turns_that_say_so() -> None:
     method = _method()
-    batch = method.collate([_dense(SHORT)], random_pictures(PICTURES, method.backbone), None)
+    batch = method.collate([_dense(SHORT)], _seen(method.backbone)[0], None)
     turns = episode_turns(SHORT)
     expected = [token for turn in turns[1:] for token in method.chat.turn(turn)[-1].ids]
     labels = batch.packed.labels_BL[0]

@@ -307,7 +307,14 @@ def test_prompts_start_as_wide_as_xavier_makes_one_set_of_them() -> None:
 
 @pytest.mark.parametrize(
     ("family", "preset"),
-    [("llava", "clean"), ("llava", "released"), ("qwen2_5_vl", "clean"), ("gemma3", "clean")],
+    [
+        ("llava", "clean"),
+        ("llava", "released"),
+        ("qwen3_vl", "clean"),
+        ("gemma3", "clean"),
+        ("idefics2", "clean"),
+        ("instructblip_vicuna", "clean"),
+    ],
 )
 def test_batch_without_pictures_gives_visual_prompts_and_projector_a_gradient_of_zero(
     family: str, preset: str, folder: Callable[[str], Path]

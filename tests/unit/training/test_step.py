@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mmicl_core.config.model import LclConfig
+from mmicl_core.data.pictures import PreparedPicture
 from mmicl_core.methods.lcl import Lcl
 from mmicl_core.training.step import StepMetrics, learning_rate, train_step
-from tests.fakes import PlainEngine, episode_row, random_pictures, tiny_backbone
+from tests.fakes import PlainEngine, draw_picture, episode_row, tiny_backbone
 
 PICTURES = [f"p{number}" for number in range(7)]
 NAMES = ["bako", "mute", "sidu", "goma"]
@@ -30,9 +31,14 @@ def _rows() -> list[dict]:
     return rows
 
 
+def _prepared(method: Lcl) -> dict[str, PreparedPicture]:
+    pictures = [draw_picture(number) for number in range(len(PICTURES))]
+    return dict(zip(PICTURES, method.backbone.prepare(pictures), strict=True))
+
+
 def _step(sizes: list[int]) -> tuple[StepMetrics, dict[str, Tensor]]:
     method = Lcl(tiny_backbone(), LclConfig())
-    pictures = random_pictures(PICTURES, method.backbone)
+    pictures = _prepared(method)
     rows = iter(_rows())
     batches = [method.collate([next(rows) for _ in range(size)], pictures, None) for size in sizes]
     engine = PlainEngine(method)
@@ -53,7 +59,7 @@ def test_gradient_is_equal_for_one_large_and_many_small_micro_batches() -> None:
 
 def test_loss_is_the_mean_over_all_targets_and_not_over_micro_batches() -> None:
     method = Lcl(tiny_backbone(), LclConfig())
-    pictures = random_pictures(PICTURES, method.backbone)
+    pictures = _prepared(method)
     nll = torch.cat([method(method.collate([row], pictures, None)).detach() for row in _rows()])
     metrics, _ = _step([5, 1])
     assert metrics.targets == len(nll)
@@ -75,7 +81,7 @@ class _TwoWorkers(PlainEngine):
 
 def test_gradient_of_a_worker_is_weighted_by_the_targets_of_all_workers() -> None:
     method = Lcl(tiny_backbone(), LclConfig())
-    pictures = random_pictures(PICTURES, method.backbone)
+    pictures = _prepared(method)
     batch = method.collate(_rows()[:2], pictures, None)
     mine = batch.num_scored
     alone = PlainEngine(method)

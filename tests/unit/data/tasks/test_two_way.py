@@ -17,6 +17,7 @@ from mmicl_core.data.names import clash
 from mmicl_core.data.plans import Plan
 from mmicl_core.data.pool import Pool
 from mmicl_core.data.tasks.two_way import draw_neighbour
+from mmicl_core.data.wordings import PHRASINGS
 from tests.fakes import HELD_OUT_STYLE
 from tests.unit.data.draws import (
     CATS,
@@ -328,3 +329,39 @@ def test_hard_negative_is_of_the_same_side_and_kind_in_every_part(tmp_path: Path
             one, other = episode["concepts"]
             assert (one in HELD_OUT_CONCEPTS) == (other in HELD_OUT_CONCEPTS)
             assert (one in CATS) == (other in CATS)
+
+
+def test_released_wording_stands_around_every_turn_and_one_of_many_phrasings_asks(tmp_path: Path) -> None:
+    config = config_of(4, _two_way(wording="released"))
+    asked = Counter[str]()
+    for episode in draw_rows(concept_pool(tmp_path, config), config, 2000):
+        *shown, query = episode["turns"]
+        opening, begin, question = shown[0]["question"].partition("[BEGIN EXAMPLE]")
+        assert opening.startswith("You should find the causal relationship") and begin
+        assert {turn["question"] for turn in shown[1:]} == {begin + question}
+        told = [turn["answer"] for turn in shown]
+        assert set(told) == {f'there is "{name}" in the image. [END EXAMPLE]' for name in episode["names"]}
+        right = next(name for name in episode["names"] if name != episode["other"])
+        assert query["answer"] == f'there is "{right}" in the image.'
+        assert query["question"].startswith("[FINAL QUESTION]: ")
+        asked[query["question"].removeprefix("[FINAL QUESTION]: ")] += 1
+    assert set(asked) == set(PHRASINGS) and len(PHRASINGS) == 66
+    assert chisquare(list(asked.values())).pvalue > 1e-3
+
+
+def test_evaluation_asks_in_the_one_phrasing_of_the_released_code(tmp_path: Path) -> None:
+    config = config_of(2, _two_way(wording="released", varied=False))
+    for episode in draw_rows(concept_pool(tmp_path, config), config, 20):
+        question = episode["turns"][-1]["question"]
+        assert question == "[FINAL QUESTION]: Based on the previous examples, what is in the image?"
+
+
+def test_dense_scoring_goes_by_names_and_not_by_the_sentences_around_them(tmp_path: Path) -> None:
+    config = config_of(6, _two_way(wording="released", answers_scored="dense"))
+    for episode in draw_rows(concept_pool(tmp_path, config), config, 50):
+        met = set[str]()
+        for turn in episode["turns"][:-1]:
+            (name,) = (name for name in episode["names"] if f'"{name}"' in turn["answer"])
+            assert turn["scored"] == (name in met)
+            met.add(name)
+        assert episode["turns"][-1]["scored"]
