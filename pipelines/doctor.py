@@ -24,6 +24,7 @@ STACK = (
     "deepspeed",
     "transformers",
     "accelerate",
+    "peft",
     "tokenizers",
     "safetensors",
     "numpy",

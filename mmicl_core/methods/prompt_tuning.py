@@ -44,6 +44,6 @@ class PromptTuning(Method):
             load_parameters(self, Path(config.start))
 
     def embed(self, batch: Any) -> Embedded:
-        """Soft tokens before every prompt, padding included: they stand at positions 0 to n - 1."""
+        """Soft tokens before every prompt, at positions 0 to n - 1."""
         numbers = torch.arange(self.config.tokens, device=self.backbone.device)
         return super().embed(batch).after(self.soft_tokens(numbers))

@@ -34,6 +34,7 @@ LARGEST_MODEL_BYTES = 32_000_000
 LARGEST_ADAPTER_BYTES = 600_000
 LARGEST_MODEL_PARAMETERS = 15_000_000
 EPISODES = 40
+MANY = 100
 STOCK_ONLY = """
 import sys
 from PIL import Image
@@ -158,6 +159,24 @@ def test_nano_learns_names_from_demonstrations_and_follows_them(
     ]
     assert len(right) == EPISODES
     assert low <= sum(right) / len(right) <= high
+
+
+def test_demonstration_written_out_behind_fused_ones_costs_no_more_than_five_points(nano, aim, corpus):
+    config = EpisodeConfig(
+        part="held_out_concepts",
+        stages=(ShotStage(episodes=MANY, min_shots_of_both_classes=8, max_shots_of_both_classes=8),),
+        seed=1,
+    )
+    rows = drawn_episodes(corpus, config)
+    task, pictures = NamingTask(Plain(nano), aim, max_new_tokens=8), see(nano, corpus, rows)
+    right = {
+        condition: sum(
+            names_only(said, row["answer"], row["other"])
+            for said, row in zip(task.answer(rows, condition, pictures), rows, strict=True)
+        )
+        for condition in ("adapted", "mixed")
+    }
+    assert right["mixed"] >= right["adapted"] - 0.05 * MANY
 
 
 def test_nano_says_the_true_names_of_most_pictures_that_it_was_trained_on(nano, corpus):

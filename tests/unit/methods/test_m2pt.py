@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from mmicl_core.backbones.decoding import Decoding, generate
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, load_backbone
-from mmicl_core.backbones.language import Embedded
 from mmicl_core.backbones.vision import join
 from mmicl_core.config.model import M2ptConfig
 from mmicl_core.data.pictures import VISUAL, PreparedPicture
@@ -111,18 +109,6 @@ def test_gradient_reaches_every_prompt_set_and_the_projector_and_nothing_else(
 
 
 @every_family
-def test_loss_depends_neither_on_batch_neighbours_nor_on_the_side_of_padding(
-    family: str, method: M2pt
-) -> None:
-    with torch.no_grad():
-        together = loss(method, batch_rows())
-        apart = torch.cat([loss(method, [row]) for row in batch_rows()])
-        left = loss(method, batch_rows(), side="left")
-    torch.testing.assert_close(together, apart, **LAST_BITS)
-    torch.testing.assert_close(left, together, **LAST_BITS)
-
-
-@every_family
 def test_plain_use_of_the_model_is_unchanged_by_a_method_around_it(family: str, method: M2pt) -> None:
     plain = Plain(method.backbone)
     with torch.no_grad():
@@ -136,36 +122,6 @@ def test_plain_use_of_the_model_is_unchanged_by_a_method_around_it(family: str, 
     assert torch.equal(theirs, untouched)
     assert torch.equal(again, ours)
     assert (theirs - ours).abs().max() > 1e-3
-
-
-@every_family
-def test_answers_grow_with_kept_keys_and_values_as_they_do_without(family: str, method: M2pt) -> None:
-    with torch.no_grad():
-        said = generate(method.backbone, method.embed(asked(method, batch_rows())), GENERATED)
-        for row, ids in zip(batch_rows(), said, strict=True):
-            prompts = method.embed(asked(method, [row]))
-            assert generate(method.backbone, prompts, GENERATED) == [ids]
-            if method.backbone.family.decoder is None:
-                for count, token in enumerate(ids):
-                    longer = extend(method.backbone, prompts, ids[:count])
-                    assert int(Decoding(method.backbone, longer).scores_BV.argmax()) == token
-
-
-def extend(backbone: HuggingFaceBackbone, prompts: Embedded, ids: list[int]) -> Embedded:
-    """The same prompt with `ids` behind it, all to be computed anew."""
-    given = torch.tensor([ids], dtype=torch.long)
-    behind = prompts.last_positions()[:, None] + 1 + torch.arange(len(ids))
-    return replace(
-        prompts,
-        embeds_BLD=torch.cat([prompts.embeds_BLD, backbone.model.get_input_embeddings()(given)], dim=1),
-        mask_BL=torch.cat([prompts.mask_BL, torch.ones_like(given)], dim=1),
-        image_BL=torch.cat([prompts.image_BL, given < 0], dim=1),
-        answer_BL=torch.cat([prompts.answer_BL, given >= 0], dim=1),
-        positions=torch.cat(
-            [prompts.positions, behind.expand(*prompts.positions.shape[:-2], -1, -1)], dim=-1
-        ),
-        soft_BL=torch.cat([prompts.soft_BL, given < 0], dim=1),
-    )
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "blip_2_t5"])
