@@ -80,12 +80,15 @@ class HuggingFaceBackbone(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> HuggingFaceBackbone:
-        """Frozen parts stay as they are used: dropout and running statistics are never trained here."""
-        super().train(mode)
+        """Only roles that are trained whole take the mode: what is frozen, also beside a few trained
+        matrices, stays as it is used, without dropout."""
+        super().train(False)
+        self.training = mode
         for role in ROLES:
-            if not any(parameter.requires_grad for _, parameter in self.role_parameters(role)):
+            parameters = [parameter for _, parameter in self.role_parameters(role)]
+            if parameters and all(parameter.requires_grad for parameter in parameters):
                 for module in self._role_modules(role):
-                    module.eval()
+                    module.train(mode)
         return self
 
     @property
@@ -278,7 +281,7 @@ class HuggingFaceBackbone(nn.Module):
             modules = dict(self.model.named_modules())
             yield from (modules[path] for path in self.family.projector if path in modules)
         else:
-            yield getattr(self, role)
+            yield self.language_side if role == "language_model" else getattr(self, role)
 
 
 def _inside(name: str, paths: Sequence[str]) -> bool:
