@@ -34,7 +34,7 @@ LARGEST_MODEL_BYTES = 32_000_000
 LARGEST_ADAPTER_BYTES = 600_000
 LARGEST_MODEL_PARAMETERS = 15_000_000
 EPISODES = 40
-MANY = 100
+MANY = 160
 STOCK_ONLY = """
 import sys
 from PIL import Image
@@ -110,6 +110,15 @@ def test_model_card_tells_the_accuracies_of_the_committed_evaluation(folder):
         line = rf"\| {row['part']} \| {row['shots_per_class']} \|.*"
         (told,) = re.findall(line, card)
         assert set(scores) <= set(told.split())
+
+
+def test_model_card_tells_what_the_methods_around_nano_reached():
+    card = (NANO / "README.md").read_text(encoding="utf-8")
+    for row in json.loads((NANO / "training" / "methods.json").read_text(encoding="utf-8")):
+        for name, score in row["conditions"].items():
+            told = f"{score['accuracy']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
+            about = f"| `{row['recipe']}` | {row['method']} | {row['trained']:,} | {row['queries']:,} |"
+            assert f"{about} {name} | {told} |" in card
 
 
 @pytest.fixture(scope="module")
