@@ -8,6 +8,7 @@ demonstration has the same tokens wherever it stands, which is what makes it cac
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -31,7 +32,7 @@ class Turn:
 
 def demonstration_key(turn: Turn) -> str:
     """Names a demonstration: its pictures and its words decide what a model makes of it."""
-    return "\t".join(("|".join(turn.pictures), turn.question, str(turn.answer)))
+    return "\t".join((json.dumps(turn.pictures), turn.question, str(turn.answer)))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ log = logging.getLogger("mmicl")
 
 MANIFEST_FILE = "_manifest.json"
 CONFIG_FILE = "_config.json"
-VERSION = 8
+VERSION = 9
 # What this process made, or has said that it reuses.
 TOLD = set[Path]()
 

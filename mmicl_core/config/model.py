@@ -39,9 +39,9 @@ class AimConfig(Config):
 
     type: Literal["aim"] = "aim"
 
-    layer: int | None = None
-    """Layer that states are read from: 0 are the embeddings, n what layer n gave, -1 the last, None the last
-    after the final norm. The paper leaves it open."""
+    layer: int | None = Field(default=None, ge=0)
+    """States are read from what enters this layer, counted from 0, which are the embeddings; None reads what
+    the last layer gave, after the final norm. The paper leaves it open."""
 
     text: Literal["all", "answer"] = "all"
     """Which text of a demonstration is fused: all of it, or its answer alone. The abstract allows both."""

@@ -186,15 +186,27 @@ class Aim(Method):
 
     def fuse(self, states_TD: Sequence[Tensor]) -> list[Tensor]:
         """States of demonstrations -> their fused tokens, (T, D) each."""
-        device, dtype = self.backbone.device, next(self.aggregator.parameters()).dtype
-        # States are kept in 16 bits, which autocast on a CPU cannot join.
-        states = torch.cat([state.to(device, dtype) for state in states_TD])
-        return list(self.aggregator(states).split([len(state) for state in states_TD]))
+        return list(torch.split(self._fuse(states_TD), [len(state) for state in states_TD]))
+
+    def fuse_to_keep(self, states_TD: Sequence[Tensor]) -> list[Tensor]:
+        """As `fuse`, each with the separator behind it: for prompts that are laid out without this method."""
+        ids = [token for piece in self.chat.text(self.config.separator) for token in piece.ids]
+        between = torch.tensor(ids, dtype=torch.long, device=self.backbone.device)
+        behind = self.backbone.model.get_input_embeddings()(between)
+        return [torch.cat([fused, behind.to(fused.dtype)]) for fused in self.fuse(states_TD)]
 
     def embed(self, batch: AimBatch) -> Embedded:
         """Fused tokens at their places, the query with its pictures."""
         shown = batch.shown
-        states_TD = self.reader.read(shown) if isinstance(shown, Demonstrations) and shown.kept else shown
-        fused = torch.cat(self.fuse(states_TD)) if isinstance(states_TD, list) and states_TD else None
+        if isinstance(shown, Demonstrations):
+            shown = self.reader.read(shown) if shown.kept else []
         visual = self.backbone.see(batch.pictures, batch.questions)
-        return self.backbone.embed(batch.packed.to(self.backbone.device), visual, fused)
+        return self.backbone.embed(batch.packed.to(self.backbone.device), visual, self._fuse(shown))
+
+    def _fuse(self, states_TD: Sequence[Tensor]) -> Tensor:
+        """Fused tokens of all demonstrations, (sum of T, D); the aggregator runs also where there is none, as
+        every worker of a run has to call the same modules."""
+        device, dtype = self.backbone.device, next(self.aggregator.parameters()).dtype
+        none = torch.empty(0, self.backbone.width, device=device, dtype=dtype)
+        # States are kept in 16 bits, which autocast on a CPU cannot join.
+        return self.aggregator(torch.cat([none, *(state.to(device, dtype) for state in states_TD)]))

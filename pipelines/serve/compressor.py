@@ -115,4 +115,4 @@ class Compressor(Replica):
     @torch.no_grad()
     def _fuse(self, turns: Sequence[Turn], pictures: Mapping[str, PreparedPicture]) -> list[Fused]:
         states_TD = self._aim.reader.read(self._aim.reader.pack(turns, pictures))
-        return [fused_TD.float().cpu().numpy() for fused_TD in self._aim.fuse(states_TD)]
+        return [fused_TD.float().cpu().numpy() for fused_TD in self._aim.fuse_to_keep(states_TD)]

@@ -221,22 +221,3 @@ def test_turn_whose_answer_alone_is_too_long_is_refused_with_both_numbers() -> N
     chat = tiny_backbone().chat
     with pytest.raises(DataError, match=r"of which \d+ are its question, and 3 are allowed"):
         chat.cut(Turn(("a",), "This is", "bako mute sidu"), 3)
-
-
-def test_places_of_several_pictures_stand_in_their_order_before_the_question() -> None:
-    pieces = tiny_backbone().chat.turn(Turn(("a", "b"), "This is", None))
-    assert [(piece.kind, piece.reference) for piece in pieces[:2]] == [(IMAGE, "a"), (IMAGE, "b")]
-
-
-def test_processor_without_a_chat_template_takes_that_of_the_family_or_is_refused() -> None:
-    assert _text(_chat(None, _vicuna).turn(Turn((), "What?", None))) == "USER: What? ASSISTANT:"
-    with pytest.raises(BackboneError, match="has no chat template, and its family no plain one"):
-        _chat(None)
-
-
-def test_template_that_writes_no_place_for_a_picture_is_refused() -> None:
-    def blind(spoken: list[tuple[str, str]], asks: bool) -> str:
-        return _vicuna(spoken, asks).replace("<image>", "")
-
-    with pytest.raises(BackboneError, match="gives 0 places for 1 pictures"):
-        _chat(blind).turn(Turn(("a",), "What?", None))

@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 
 from mmicl_core.backbones.vision import join
-from mmicl_core.config.model import AimConfig, PromptTuningConfig
+from mmicl_core.config.model import AimConfig
 from mmicl_core.data.collate import pack
-from mmicl_core.errors import CheckpointError
 from mmicl_core.methods import load_method
-from mmicl_core.methods.adapter import adapter_identity, load_parameters
 from mmicl_core.methods.aim import Aggregator, Aim, Reader
 from mmicl_core.methods.base import episode_turns
-from mmicl_core.methods.prompt_tuning import PromptTuning
 from mmicl_core.prompts import Turn, count_text, demonstration_key
 from tests.fakes import PlainEngine, episode_row, random_pictures, tiny_backbone
 
@@ -119,9 +116,15 @@ def test_states_are_read_from_the_layer_that_is_named() -> None:
     ids = torch.tensor([token for piece in pieces for token in piece.ids])
     # The input of the first layer are the words themselves.
     assert torch.equal(_read(TURNS[:1], layer=0)[0], backbone.model.get_input_embeddings()(ids))
-    (first,), (counted_back,), (last,) = (_read(TURNS[:1], layer=layer) for layer in (1, -2, None))
-    assert torch.equal(first, counted_back)
+    (first,), (last,) = (_read(TURNS[:1], layer=layer) for layer in (1, None))
     assert (first - last).abs().max() > 0.1
+    shown = Reader(backbone, AimConfig()).pack(TURNS[:1], random_pictures(PICTURES, backbone))
+    prompts = backbone.embed(shown.packed, backbone.see(shown.pictures))
+    entered = list[Tensor]()
+    hook = backbone.layers[1].register_forward_pre_hook(lambda _, given: entered.append(given[0]))
+    backbone.read(prompts)
+    hook.remove()
+    torch.testing.assert_close(first, entered[0][0, -len(first) :], **LAST_BITS)
 
 
 def test_prompt_length_of_a_demonstration_is_its_text_tokens_only() -> None:
@@ -150,6 +153,31 @@ def test_separator_stands_behind_every_fused_demonstration_and_is_counted() -> N
     assert row.ids_BL.shape[1] == _batch(plain, ROWS[:1]).packed.ids_BL.shape[1] + 2 * len(between)
     costs = [one.demonstration_tokens(TURNS[0], pictures) for one in (plain, method)]
     assert costs[1] - costs[0] == len(between)
+
+
+def test_fused_tokens_to_keep_have_the_separator_behind_them() -> None:
+    method = _method(separator=" so ")
+    states_TD = _read(TURNS)
+    between = method.backbone.tokenizer(" so ", add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    words = method.backbone.model.get_input_embeddings()(between)
+    for kept, fused in zip(method.fuse_to_keep(states_TD), method.fuse(states_TD), strict=True):
+        assert torch.equal(kept, torch.cat([fused, words]))
+
+
+def test_batch_without_demonstrations_calls_the_aggregator_with_a_gradient_of_zero() -> None:
+    method = _method()
+    rows = [{**row, "turns": row["turns"][-1:]} for row in ROWS]
+    method(method.collate(rows, random_pictures(PICTURES, method.backbone), None)).sum().backward()
+    assert all(bool((p.grad == 0).all()) for p in method.trainable().values())
+
+
+def test_fused_tokens_of_two_packs_are_those_of_one_pack_of_both() -> None:
+    method = _method()
+    torch.nn.init.normal_(method.aggregator.projection.weight)
+    together = method.fuse(_read(TURNS))
+    apart = [fused for turns in (TURNS[:1], TURNS[1:]) for fused in method.fuse(_read(turns))]
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, **LAST_BITS)
 
 
 def test_identity_aggregator_of_token_embeddings_gives_the_logits_of_the_real_text() -> None:
@@ -273,67 +301,3 @@ def test_saved_aggregator_is_read_back_as_it_was(tmp_path: Path) -> None:
         about = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
         assert about["backbone_name"] == "tiny"
         assert set(about["parameters"]) == set(method.trainable())
-
-
-def test_training_goes_on_from_a_saved_aggregator(tmp_path: Path) -> None:
-    first = _method()
-    torch.nn.init.normal_(first.aggregator.projection.weight)
-    first.save(tmp_path, {})
-    second = _method(start=str(tmp_path))
-    assert second.trainable().keys() == first.trainable().keys()
-    for name, parameter in second.trainable().items():
-        assert torch.equal(parameter, first.trainable()[name])
-
-
-def test_identity_of_an_adapter_changes_with_its_weights_and_with_what_it_fits(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no adapter: it has no adapter_config\.json"):
-        adapter_identity(tmp_path)
-    method = _method()
-    names = ["one", "same", "trained", "other settings"]
-    for name, saved in zip(names, [method, method, method, _method(text="answer")], strict=True):
-        if name == "trained":
-            with torch.no_grad():
-                method.aggregator.projection.bias[0] += 1
-        saved.save(tmp_path / name, {})
-    one, same, trained, other = (adapter_identity(tmp_path / name) for name in names)
-    assert one == same
-    assert len({one, trained, other}) == 3
-
-
-def test_aggregator_of_another_backbone_is_refused_with_both_names(tmp_path: Path) -> None:
-    _method().save(tmp_path, {})
-    with pytest.raises(CheckpointError, match="is for backbone 'tiny-0', here it is 'tiny-1': train one"):
-        load_method(tmp_path, tiny_backbone(seed=1))
-    with pytest.raises(CheckpointError, match="is for width 32, here it is 64: train one"):
-        load_method(tmp_path, tiny_backbone(width=64))
-
-
-def test_adapter_of_another_method_or_other_settings_is_refused_with_what_differs(tmp_path: Path) -> None:
-    PromptTuning(tiny_backbone(), PromptTuningConfig(tokens=3)).save(tmp_path / "soft", {})
-    with pytest.raises(CheckpointError, match="is for method 'prompt_tuning', here it is 'aim'"):
-        load_parameters(_method(), tmp_path / "soft")
-    _method(layer_norm=False).save(tmp_path / "plain", {})
-    with pytest.raises(CheckpointError, match=r"aggregator\.norm\.bias is absent there, \(32,\) here"):
-        _method(start=str(tmp_path / "plain"))
-
-
-def test_folder_without_a_readable_aggregator_is_refused(tmp_path: Path) -> None:
-    backbone = tiny_backbone()
-    with pytest.raises(CheckpointError, match="holds no adapter"):
-        load_method(tmp_path, backbone)
-    _method().save(tmp_path, {})
-    weights = tmp_path / "adapter_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load_method(tmp_path, backbone)
-    weights.unlink()
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load_method(tmp_path, backbone)
-    about = tmp_path / "adapter_config.json"
-    about.write_text(json.dumps({"width": 32}), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="settings of no known method"):
-        load_method(tmp_path, backbone)
-    about.write_text('{"method": "aim', encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json cannot be read"):
-        load_method(tmp_path, backbone)
