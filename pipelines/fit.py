@@ -9,6 +9,7 @@ import ray
 import torch
 
 from mmicl_core.backbones.hugging_face import load_for_inference
+from mmicl_core.config.model import MtvConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.errors import ConfigError
 from mmicl_core.methods import build_method
@@ -32,8 +33,9 @@ def fit(run: RunConfig, materials: Materials, folder: Path, about: dict[str, Any
             "method mtv looks through its episodes more than once, but episodes.streamed is true: set it to "
             "false"
         )
+    assert isinstance(run.method, MtvConfig)
     gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    with counting("Searching for heads", run.method.steps if run.method.type == "mtv" else 0) as counter:
+    with counting("Searching for heads", run.method.steps) as counter:
         task = ray.remote(_fit).options(num_cpus=1, num_gpus=gpus)
         found: dict[str, Any] = ray.get(task.remote(run, materials, folder, about, counter))
     return found

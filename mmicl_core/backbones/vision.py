@@ -105,9 +105,17 @@ class Vision:
         return [PreparedPicture(self._ids, inputs={"pixel_values": one[None]}) for one in pixels]
 
     def _prepare(self, picture: Image.Image) -> PreparedPicture:
-        told = self._processor(
-            text=[self._image_token], images=[[picture]], return_tensors="pt", add_special_tokens=False
-        )
+        try:
+            told = self._processor(
+                text=[self._image_token], images=[[picture]], return_tensors="pt", add_special_tokens=False
+            )
+        # Settings that a processor lacks come to light where it computes with them.
+        except (TypeError, ValueError, AttributeError) as error:
+            raise BackboneError(
+                f"the {type(self._processor).__name__} cannot prepare a picture ({error}): save it as the model "
+                "was published, with the settings that its class asks for (LLaVA: patch_size and "
+                "vision_feature_select_strategy)"
+            ) from error
         ids = tuple(
             VISUAL if token == self.placeholder_id else token for token in told["input_ids"][0].tolist()
         )

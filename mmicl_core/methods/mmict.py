@@ -78,12 +78,10 @@ class Mmict(Method):
     """Trains the hub: answers behind soft tokens, through the frozen language model."""
 
     takes: ClassVar[Literal["tower_states"]] = "tower_states"
-    cut_texts: int
-    """Texts that were longer than the hub reads, of all batches so far."""
 
     def __init__(self, backbone: HuggingFaceBackbone, config: MmictConfig) -> None:
         super().__init__(backbone)
-        self.config, self.cut_texts = config, 0
+        self.config, self._cut_texts = config, 0
         start = Path(config.start) if config.start is not None else None
         self.tokenizer = hub_tokenizer(backbone, start)
         self.hub = Hub(
@@ -125,6 +123,11 @@ class Mmict(Method):
         packed = pack(prompts, fused_tokens=lengths, padding_id=self.padding_id, side=side)
         return MmictBatch(packed, shown)
 
+    @property
+    def cut(self) -> Mapping[str, int]:
+        """Texts that were longer than the hub reads."""
+        return {"texts": self._cut_texts} if self._cut_texts else {}
+
     def demonstration_tokens(self, turn: Turn, pictures: Pictures) -> int:
         """Positions of a prompt that one demonstration takes, its separator with it."""
         if self.config.demonstrations == "none":
@@ -162,7 +165,7 @@ class Mmict(Method):
     def _show(self, turns: Sequence[Turn], asked: Sequence[bool], pictures: Pictures) -> Shown:
         design, both = self.config.demonstrations, list(zip(turns, asked, strict=True))
         ids = self._tokens([_text(turn, is_query) for turn, is_query in both])
-        self.cut_texts += sum(len(some) > self.config.longest_text for some in ids)
+        self._cut_texts += sum(len(some) > self.config.longest_text for some in ids)
         cut = [torch.tensor(self._cut(some), dtype=torch.long) for some in ids]
         # One column at least, so that every worker runs the modules that read text.
         ids_NT = pad_sequence([*cut, torch.zeros(1, dtype=torch.long)], batch_first=True)[:-1]

@@ -15,6 +15,7 @@ from mmicl_core.backbones.vision import join
 from mmicl_core.data.pictures import VISUAL
 from mmicl_core.errors import BackboneError
 from tests.fakes import draw_picture, tiny_backbone
+from tests.families import write_model
 
 NEW_TOKENS = 12
 # 32-bit sums in another order differ in the last bits; hidden states are of the order of 1.
@@ -185,3 +186,11 @@ def test_model_folder_whose_weights_are_torn_is_refused(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(BackboneError, match="cannot be loaded"):
         load_backbone(tmp_path)
+
+
+def test_processor_that_lacks_a_setting_is_named_with_what_to_do(tmp_path: Path) -> None:
+    write_model("llava", tmp_path)
+    backbone = load_backbone(tmp_path)
+    backbone.processor.patch_size = None
+    with pytest.raises(BackboneError, match="LlavaProcessor cannot prepare a picture .*patch_size"):
+        backbone.prepare([draw_picture(0)])

@@ -296,12 +296,12 @@ def test_text_that_is_too_long_loses_its_beginning_and_is_counted() -> None:
     query = Turn((), "This is", None)
     long = Turn(("p0",), "This is surely a red cat and that is", "bako")
     (soft,) = _soft(method, [long, query])
-    assert (len(soft), method.cut_texts) == (4 + 1, 1)
+    assert (len(soft), method.cut) == (4 + 1, {"texts": 1})
     assert method.demonstration_tokens(long, {}) == 4 + 1
     ids = method.backbone.tokenizer(f"{long.question} {long.answer}")["input_ids"]
     shown = method.arrange([[long, query]], _pictures(method.backbone)).shown
     assert shown.ids_NT[0].tolist() == ids[-4:]
-    assert method.cut_texts == 2
+    assert method.cut == {"texts": 2}
 
 
 def test_hub_of_the_paper_has_the_parameters_that_its_shapes_give() -> None:
