@@ -173,9 +173,9 @@ class HuggingFaceBackbone(nn.Module):
         ids = torch.linspace(0, count - 1, min(count, MEASURED_WORDS), device=self.device).long()
         return float(words(ids).float().std())
 
-    def see(self, pictures: PictureBatch, questions: Sequence[str] | None = None) -> Tensor | None:
+    def see(self, pictures: PictureBatch) -> Tensor | None:
         """Visual tokens of all pictures, (sum of V, D), as `Vision.see`; None where there is no picture."""
-        return self.vision.see(pictures, questions) if len(pictures) else None
+        return self.vision.see(pictures) if len(pictures) else None
 
     def embed(self, packed: Packed, visual: Tensor | None = None, fused: Tensor | None = None) -> Embedded:
         """Prompts with visual tokens (sum of V, D) and fused tokens (sum of T, D) at their places."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from mmicl_core.backbones.families import Family
 from mmicl_core.data.pictures import VISUAL, PreparedPicture
 from mmicl_core.errors import BackboneError
+from mmicl_core.prompts import Turn
 
-__all__ = ["PictureBatch", "Vision", "join"]
+__all__ = ["PictureBatch", "Vision", "join", "look_up"]
 
 GRID = "image_grid_thw"
 INSTRUCTION = ("qformer_input_ids", "qformer_attention_mask")
@@ -39,21 +40,33 @@ class PictureBatch:
     """What the vision part reads, all pictures in one; empty where `features` are kept."""
     features: tuple[Tensor, ...] | None = None
     """What it gave of each, (V, D) or (R, W), where that is kept."""
+    questions: tuple[str, ...] = ()
+    """What is asked about each, for projectors that read it."""
 
     def __len__(self) -> int:
         return len(self.visual_tokens)
 
 
-def join(pictures: Sequence[PreparedPicture]) -> PictureBatch:
+def look_up(
+    turns: Iterable[Turn], pictures: Mapping[str, PreparedPicture]
+) -> tuple[list[PreparedPicture], PictureBatch]:
+    """The pictures of turns in their order, one by one and side by side with what is asked about them."""
+    shown = [(pictures[key], turn.question) for turn in turns for key in turn.pictures]
+    prepared = [picture for picture, _ in shown]
+    return prepared, join(prepared, [question for _, question in shown])
+
+
+def join(pictures: Sequence[PreparedPicture], questions: Sequence[str] = ()) -> PictureBatch:
     """Put pictures side by side; what differs in size is padded with zeros at its end, as processors do."""
+    asked = tuple(questions)
     visual = tuple(sum(token == VISUAL for token in picture.ids) for picture in pictures)
     if pictures and all(picture.features is not None for picture in pictures):
         # Arrays may be mapped from disk, read-only, which torch insists on copying.
-        return PictureBatch(visual, {}, tuple(torch.tensor(picture.features) for picture in pictures))
+        kept = tuple(torch.tensor(picture.features) for picture in pictures)
+        return PictureBatch(visual, {}, kept, asked)
     names = pictures[0].inputs if pictures else {}
-    return PictureBatch(
-        visual, {name: _stack([picture.inputs[name] for picture in pictures]) for name in names}
-    )
+    inputs = {name: _stack([picture.inputs[name] for picture in pictures]) for name in names}
+    return PictureBatch(visual, inputs, questions=asked)
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -112,8 +125,8 @@ class Vision:
         # Settings that a processor lacks come to light where it computes with them.
         except (TypeError, ValueError, AttributeError) as error:
             raise BackboneError(
-                f"the {type(self._processor).__name__} cannot prepare a picture ({error}): save it as the model "
-                "was published, with the settings that its class asks for (LLaVA: patch_size and "
+                f"the {type(self._processor).__name__} cannot prepare a picture ({error}): save it as the "
+                "model was published, with the settings that its class asks for (LLaVA: patch_size and "
                 "vision_feature_select_strategy)"
             ) from error
         ids = tuple(
@@ -123,14 +136,11 @@ class Vision:
         grid = tuple(inputs[GRID][0].tolist()) if GRID in inputs else ()
         return PreparedPicture(ids, grid, inputs)
 
-    def see(self, batch: PictureBatch, questions: Sequence[str] | None = None) -> Tensor:
+    def see(self, batch: PictureBatch) -> Tensor:
         """Visual tokens of all pictures, one picture after the other, (sum of V, D).
 
         Models that put features of earlier vision layers into their first language layers too give them
         beside: (sum of V, D + K D).
-
-        Args:
-            questions: what is asked about each picture, for projectors that read it.
 
         Raises:
             BackboneError: the model gives other numbers of visual tokens than its processor says.
@@ -139,7 +149,7 @@ class Vision:
             device, dtype = self._place()
             # They are kept in 16 bits, which autocast on a CPU cannot join.
             return torch.cat([features.to(device, dtype) for features in batch.features])
-        output = self._root.get_image_features(**self.inputs(batch, questions), return_dict=True)
+        output = self._root.get_image_features(**self.inputs(batch), return_dict=True)
         deep = [_flat(features) for features in getattr(output, "deepstack_features", None) or ()]
         visual = torch.cat([_flat(output.pooler_output), *deep], dim=-1)
         if len(visual) != sum(batch.visual_tokens):
@@ -170,7 +180,9 @@ class Vision:
 
         hook = self._entrance.register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            self._root.get_image_features(**self.inputs(batch, [""] * len(batch)), return_dict=True)
+            # What the projector reads besides does not matter here.
+            unasked = replace(batch, questions=("",) * len(batch))
+            self._root.get_image_features(**self.inputs(unasked), return_dict=True)
         finally:
             hook.remove()
         return seen[0]
@@ -194,7 +206,7 @@ class Vision:
             tokens = self._entrance(states_SRW)
         return tokens.reshape(count, -1, tokens.shape[-1])[:, 0]
 
-    def inputs(self, batch: PictureBatch, questions: Sequence[str] | None) -> dict[str, Tensor]:
+    def inputs(self, batch: PictureBatch) -> dict[str, Tensor]:
         """Arguments of the model's `get_image_features`."""
         device, dtype = self._place()
         inputs = {
@@ -202,8 +214,8 @@ class Vision:
             for name, tensor in batch.inputs.items()
         }
         if self._family.instructed:
-            assert questions is not None
-            told = self._processor.qformer_tokenizer(list(questions), padding=True, return_tensors="pt")
+            assert len(batch.questions) == len(batch), "this projector reads what is asked about each picture"
+            told = self._processor.qformer_tokenizer(list(batch.questions), padding=True, return_tensors="pt")
             inputs |= {name: told[name.removeprefix("qformer_")].to(device) for name in INSTRUCTION}
         return inputs
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.language import Embedded
-from mmicl_core.backbones.vision import PictureBatch, join
+from mmicl_core.backbones.vision import PictureBatch, look_up
 from mmicl_core.config.model import AimConfig
 from mmicl_core.data.collate import Packed, pack
 from mmicl_core.methods.adapter import load_parameters
@@ -67,8 +67,6 @@ class Demonstrations:
 
     packed: Packed
     pictures: PictureBatch
-    questions: tuple[str, ...]
-    """What is asked about each picture."""
     kept: tuple[int, ...]
     """How many states of each are kept, the last ones on its text."""
 
@@ -79,7 +77,6 @@ class AimBatch:
 
     packed: Packed
     pictures: PictureBatch
-    questions: tuple[str, ...]
     shown: list[Tensor] | Demonstrations
     """Kept states of the demonstrations, (T, D) each, or what they are read from."""
 
@@ -112,17 +109,16 @@ class Reader:
             turns: with pictures and answers.
         """
         prompts = [self._chat.conversation([turn]) for turn in turns]
-        shown = [(pictures[key], turn.question) for turn in turns for key in turn.pictures]
-        prepared = [picture for picture, _ in shown]
+        prepared, shown = look_up(turns, pictures)
         packed = pack(prompts, pictures=prepared, padding_id=self._backbone.tokenizer.pad_token_id)
         kept = tuple(self.fused_tokens(turn) for turn in turns)
-        return Demonstrations(packed, join(prepared), tuple(question for _, question in shown), kept)
+        return Demonstrations(packed, shown, kept)
 
     @torch.no_grad()
     def read(self, shown: Demonstrations) -> list[Tensor]:
         """States of each demonstration on its text, (T, D), in one pass of the frozen backbone."""
         packed = shown.packed.to(self._backbone.device)
-        visual = self._backbone.see(shown.pictures, shown.questions)
+        visual = self._backbone.see(shown.pictures)
         prompts, layer = self._backbone.embed(packed, visual), self._config.layer
         output = self._backbone.read(prompts, output_hidden_states=layer is not None)
         hidden_BLD = output.last_hidden_state if layer is None else output.hidden_states[layer]
@@ -167,10 +163,9 @@ class Aim(Method):
         kept = states_TD if states is not None else self.reader.pack(shown, pictures)
         # Rendering a turn again costs more than all else here, so lengths come with the states.
         lengths = kept.kept if isinstance(kept, Demonstrations) else [len(state) for state in kept]
-        prepared = [pictures[key] for turn in seen for key in turn.pictures]
-        questions = tuple(turn.question for turn in seen for _ in turn.pictures)
+        prepared, asked = look_up(seen, pictures)
         packed = pack(prompts, pictures=prepared, fused_tokens=lengths, padding_id=self.padding_id, side=side)
-        return AimBatch(packed, join(prepared), questions, kept)
+        return AimBatch(packed, asked, kept)
 
     def demonstration_tokens(self, turn: Turn, pictures: Pictures) -> int:
         """T, and what stands between."""
@@ -200,7 +195,7 @@ class Aim(Method):
         shown = batch.shown
         if isinstance(shown, Demonstrations):
             shown = self.reader.read(shown) if shown.kept else []
-        visual = self.backbone.see(batch.pictures, batch.questions)
+        visual = self.backbone.see(batch.pictures)
         return self.backbone.embed(batch.packed.to(self.backbone.device), visual, self._fuse(shown))
 
     def _fuse(self, states_TD: Sequence[Tensor]) -> Tensor:

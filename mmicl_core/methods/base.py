@@ -6,14 +6,14 @@ knows how gradients are taken or where.
 
     rows --collate--> batch --embed--> prompts --backbone--> likelihood of answers, or answers
 
-A new method overrides `collate` and `embed`, or only one of them, and says which parameters it owns.
+A new method overrides `write`, `collate` or `embed`, whichever is enough, and says which parameters it owns.
 """
 
 from __future__ import annotations
 
 import random
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mmicl_core.backbones.decoding import generate
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.language import Embedded
-from mmicl_core.backbones.vision import PictureBatch, join
+from mmicl_core.backbones.vision import PictureBatch, look_up
 from mmicl_core.data.collate import Packed, pack
 from mmicl_core.data.pictures import PreparedPicture
 from mmicl_core.methods.adapter import save_parameters
@@ -61,8 +61,6 @@ class PromptBatch:
 
     packed: Packed
     pictures: PictureBatch
-    questions: tuple[str, ...]
-    """What is asked about each picture."""
 
     @property
     def num_scored(self) -> int:
@@ -100,10 +98,11 @@ class Method(nn.Module, ABC):
             states: frozen states by demonstration; None where they were not kept, or are not needed.
             side: `right` pads for training, `left` for answers; the query of a row to be answered has none.
         """
-        turns = [episode_turns(row) for row in rows]
-        return self.lay_out(
-            [self.chat.conversation(conversation) for conversation in turns], turns, pictures, side
-        )
+        return self.lay_out([episode_turns(row) for row in rows], pictures, side)
+
+    def write(self, turns: Sequence[Turn]) -> Prompt:
+        """A conversation as a prompt, every turn written out."""
+        return self.chat.conversation(turns)
 
     @property
     def cut(self) -> Mapping[str, int]:
@@ -113,7 +112,7 @@ class Method(nn.Module, ABC):
     def embed(self, batch: Any) -> Embedded:
         """A batch as the language model takes it."""
         packed = batch.packed.to(self.backbone.device)
-        return self.backbone.embed(packed, self.backbone.see(batch.pictures, batch.questions))
+        return self.backbone.embed(packed, self.backbone.see(batch.pictures))
 
     def applied(self, prompts: Embedded) -> AbstractContextManager[None]:
         """Whatever a method does to the language model while that reads `prompts`; most do nothing to it."""
@@ -133,15 +132,26 @@ class Method(nn.Module, ABC):
             return generate(self.backbone, prompts, max_new_tokens)
 
     def lay_out(
-        self, prompts: Sequence[Prompt], turns: Sequence[Sequence[Turn]], pictures: Pictures, side: Side
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        pictures: Pictures,
+        side: Side = "right",
+        fused_tokens: Iterable[int] = (),
     ) -> PromptBatch:
-        """Prompts without fused tokens, with the pictures of the turns that they write out."""
-        shown = [
-            (key, turn.question) for conversation in turns for turn in conversation for key in turn.pictures
-        ]
-        prepared = [pictures[key] for key, _ in shown]
-        packed = pack(prompts, pictures=prepared, padding_id=self.padding_id, side=side)
-        return PromptBatch(packed, join(prepared), tuple(question for _, question in shown))
+        """Conversations as `write` writes them, with all their pictures.
+
+        Args:
+            fused_tokens: as in `pack`, where `write` leaves places for soft tokens.
+        """
+        prepared, shown = look_up((turn for turns in conversations for turn in turns), pictures)
+        packed = pack(
+            [self.write(turns) for turns in conversations],
+            pictures=prepared,
+            fused_tokens=fused_tokens,
+            padding_id=self.padding_id,
+            side=side,
+        )
+        return PromptBatch(packed, shown)
 
     @property
     def padding_id(self) -> int:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.config.model import LclConfig
 from mmicl_core.methods.adapter import load_parameters
-from mmicl_core.methods.base import Method, Pictures, PromptBatch, Side, States, episode_turns
+from mmicl_core.methods.base import Method
 from mmicl_core.methods.lora import add_lora
 from mmicl_core.prompts import Prompt, Turn
 
@@ -47,18 +47,8 @@ class Lcl(Method):
         if config.start is not None:
             load_parameters(self, Path(config.start))
 
-    def collate(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        pictures: Pictures,
-        states: States | None,
-        side: Side = "right",
-    ) -> PromptBatch:
-        """Episodes -> conversations with every picture in its place, no turn longer than `longest_turn`."""
-        turns = [episode_turns(row) for row in rows]
-        return self.lay_out([self._write(conversation) for conversation in turns], turns, pictures, side)
-
-    def _write(self, turns: Sequence[Turn]) -> Prompt:
+    def write(self, turns: Sequence[Turn]) -> Prompt:
+        """A conversation with no turn longer than `longest_turn`."""
         prompt = self.chat.prefix()
         for turn in turns:
             pieces, cut = self.chat.cut(turn, self.config.longest_turn)

@@ -47,7 +47,6 @@ from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.language import Embedded
 from mmicl_core.backbones.vision import PictureBatch, join
 from mmicl_core.config.model import M2ptConfig
-from mmicl_core.data.collate import pack
 from mmicl_core.errors import ConfigError
 from mmicl_core.methods.adapter import load_parameters
 from mmicl_core.methods.base import Method, Pictures, PromptBatch, Side, States, episode_turns
@@ -119,17 +118,19 @@ class M2pt(Method):
         side: Side = "right",
     ) -> PromptBatch:
         """Episodes with every turn written out, and places for soft tokens before every picture."""
-        turns = [turn for row in rows for turn in episode_turns(row)]
-        shown = [(pictures[key], turn.question) for turn in turns for key in turn.pictures]
-        prepared = [picture for picture, _ in shown]
-        packed = pack(
-            [self._with_places(self.chat.conversation(episode_turns(row))) for row in rows],
-            pictures=prepared,
-            fused_tokens=repeat(self.tokens_per_picture),
-            padding_id=self.padding_id,
-            side=side,
-        )
-        return PromptBatch(packed, join(prepared), tuple(question for _, question in shown))
+        turns = [episode_turns(row) for row in rows]
+        return self.lay_out(turns, pictures, side, fused_tokens=repeat(self.tokens_per_picture))
+
+    def write(self, turns: Sequence[Turn]) -> Prompt:
+        """A conversation with a place for soft tokens before every picture, if there are any."""
+        prompt = super().write(turns)
+        if not self.tokens_per_picture:
+            return prompt
+        return [
+            part
+            for piece in prompt
+            for part in ([Piece("fused"), piece] if piece.kind == "image" else [piece])
+        ]
 
     def embed(self, batch: PromptBatch) -> Embedded:
         """A batch behind the textual prompts."""
@@ -170,29 +171,29 @@ class M2pt(Method):
         A batch without pictures has none of either, but a blank one is looked at all the same: all workers of
         a run have to call the same modules, and every parameter has to get a gradient, be it zero.
         """
-        pictures, questions = batch.pictures, batch.questions
+        pictures = batch.pictures
         assert pictures.features is None, "the prompts stand inside the tower: it has to run"
         if len(pictures):
-            return self._look(pictures, questions)
-        visual, soft_tokens = self._look(self._blank, ("",))
+            return self._look(pictures)
+        visual, soft_tokens = self._look(self._blank)
         return visual[:0], None if soft_tokens is None else soft_tokens[:0]
 
     @cached_property
     def _blank(self) -> PictureBatch:
-        return join(self.backbone.prepare([BLANK]))
+        return join(self.backbone.prepare([BLANK]), [""])
 
-    def _look(self, pictures: PictureBatch, questions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    def _look(self, pictures: PictureBatch) -> tuple[Tensor, Tensor | None]:
         backbone = self.backbone
         if self.visual_prompts is None:
-            return backbone.vision.see(pictures, questions), None
+            return backbone.vision.see(pictures), None
         prompts_KSW = self.visual_prompts()
         inner_KSW, last_SW = prompts_KSW[:-1], prompts_KSW[-1]
         inside = prompts_before_pictures(self.blocks, inner_KSW, one_sequence=backbone.family.one_sequence)
         if backbone.family.merges is None:
             with inside, prompts_beside_states(backbone.projector, last_SW):
-                return backbone.vision.see(pictures, questions), None
+                return backbone.vision.see(pictures), None
         with inside, self._class_states() as classes_NW:
-            visual = backbone.vision.see(pictures, questions)
+            visual = backbone.vision.see(pictures)
         return visual, self._project(last_SW, classes_NW, len(pictures))
 
     def _project(self, last_SW: Tensor, classes_NW: list[Tensor], pictures: int) -> Tensor:
@@ -218,15 +219,6 @@ class M2pt(Method):
             return prompts
         prompts_KSD = self.textual_prompts()
         return prompts.after(prompts_KSD[0], prompts_KSD[1:])
-
-    def _with_places(self, prompt: Prompt) -> Prompt:
-        if not self.tokens_per_picture:
-            return prompt
-        return [
-            part
-            for piece in prompt
-            for part in ([Piece("fused"), piece] if piece.kind == "image" else [piece])
-        ]
 
 
 def _refuse_unless_llava(backbone: HuggingFaceBackbone) -> None:

@@ -77,7 +77,7 @@ class Mtv(Method):
         self, rows: Rows, pictures: Pictures, states: States | None, side: Side = "right"
     ) -> PromptBatch:
         """Episodes -> their queries alone."""
-        return self._lay_out([episode_turns(row)[-1:] for row in rows], pictures, side)
+        return self.lay_out([episode_turns(row)[-1:] for row in rows], pictures, side)
 
     def applied(self, prompts: Embedded) -> AbstractContextManager[None]:
         """The first pass inside, which must be over `prompts`, has the means in the selected heads."""
@@ -139,7 +139,7 @@ class Mtv(Method):
         total_KHE = torch.zeros_like(self.means_KHE)
         for first in range(0, len(rows), self.config.batch):
             conversations = [_asking(row) for row in rows[first : first + self.config.batch]]
-            batch = self._lay_out(conversations, pictures)
+            batch = self.lay_out(conversations, pictures)
             prompts = self.embed(batch)
             with self.heads.read(prompts) as seen:
                 self.backbone.answer_nll(prompts, batch.packed.to(self.backbone.device))
@@ -151,7 +151,7 @@ class Mtv(Method):
         """Of one query's answer under each set of heads, (S,): the query S times in a batch, seen once."""
         batch = self.collate([row], pictures, None)
         packed, losses_S = batch.packed.to(self.backbone.device), list[Tensor]()
-        visual = self.backbone.see(batch.pictures, batch.questions)
+        visual = self.backbone.see(batch.pictures)
         for chosen in torch.split(chosen_SKH.to(self.backbone.device), self.config.batch):
             copies = Packed(**{name: rows.repeat(len(chosen), 1) for name, rows in vars(packed).items()})
             seen = visual if visual is None else visual.repeat(len(chosen), 1)
@@ -160,12 +160,6 @@ class Mtv(Method):
                 nll = self.backbone.answer_nll(prompts, copies)
             losses_S.append(nll.view(len(chosen), -1)[:, 0])
         return torch.cat(losses_S)
-
-    def _lay_out(
-        self, conversations: Sequence[Sequence[Turn]], pictures: Pictures, side: Side = "right"
-    ) -> PromptBatch:
-        prompts = [self.chat.conversation(turns) for turns in conversations]
-        return self.lay_out(prompts, conversations, pictures, side)
 
 
 def _asking(row: Mapping[str, Any]) -> list[Turn]:

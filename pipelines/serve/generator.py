@@ -9,7 +9,7 @@ import torch
 
 from mmicl_core.backbones.decoding import greedy_tokens
 from mmicl_core.backbones.language import Embedded
-from mmicl_core.backbones.vision import join
+from mmicl_core.backbones.vision import look_up
 from mmicl_core.data.collate import pack
 from mmicl_core.errors import DataError
 from pipelines.serve.contracts import Answer, Question
@@ -70,15 +70,15 @@ class Generator(Replica):
     def _embedded(self, question: Question) -> Embedded:
         prompt = self.chat.conversation(question.turns, len(question.fused))
         pictures = self.prepare(question.pictures)
-        shown = [(pictures[key], turn.question) for turn in question.turns for key in turn.pictures]
+        prepared, shown = look_up(question.turns, pictures)
         packed = pack(
             [prompt],
-            pictures=[picture for picture, _ in shown],
+            pictures=prepared,
             fused_tokens=[len(fused) for fused in question.fused],
             padding_id=self.backbone.tokenizer.pad_token_id,
         ).to(self.backbone.device)
         self._refuse_too_long(packed.mask_BL.shape[1], question.max_new_tokens)
-        visual = self.backbone.see(join([picture for picture, _ in shown]), [asked for _, asked in shown])
+        visual = self.backbone.see(shown)
         # Arrays that came through Ray's object store cannot be written to, which torch insists on.
         fused_TD = [torch.tensor(fused, device=self.backbone.device) for fused in question.fused]
         return self.backbone.embed(packed, visual, torch.cat(fused_TD) if fused_TD else None)

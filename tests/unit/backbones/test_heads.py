@@ -37,7 +37,7 @@ def _prompts(backbone, *turns, side="left"):
     padding = backbone.tokenizer.pad_token_id
     packed = pack(prompts, pictures=prepared, padding_id=padding, side=side)
     questions = [turn.question for turn in turns for _ in turn.pictures]
-    return backbone.embed(packed, backbone.see(join(prepared), questions)), packed
+    return backbone.embed(packed, backbone.see(join(prepared, questions))), packed
 
 
 def _ask(picture, question=LONG, answer=None):

@@ -109,7 +109,7 @@ def test_fused_tokens_that_are_the_real_embeddings_give_the_likelihood_of_the_re
     fused = pack([chat.conversation([query], fused=1)], fused_tokens=[len(ids)], **filling)
     plain = pack([chat.conversation([*shown, query])], **filling)
     with torch.no_grad():
-        visual = backbone.see(join(given), [query.question] * 2)
+        visual = backbone.see(join(given, [query.question] * 2))
         words = backbone.model.get_input_embeddings()(torch.tensor(ids))
         behind_fused = backbone.answer_nll(backbone.embed(fused, visual, words), fused)
         behind_text = backbone.answer_nll(backbone.embed(plain, visual), plain)
@@ -123,8 +123,8 @@ def test_picture_alone_becomes_what_it_becomes_beside_others(
     pictures = list(see(backbone).values())
     questions = ["This is"] * len(pictures)
     with torch.no_grad():
-        together = backbone.see(join(pictures), questions)
-        apart = [backbone.see(join([one]), ["This is"]) for one in pictures]
+        together = backbone.see(join(pictures, questions))
+        apart = [backbone.see(join([one], ["This is"])) for one in pictures]
     torch.testing.assert_close(together, torch.cat(apart), **LAST_BITS)
     assert [len(one) for one in apart] == [sum(token == VISUAL for token in one.ids) for one in pictures]
 
@@ -294,7 +294,7 @@ def named_inputs(backbone: HuggingFaceBackbone, batch: Any) -> dict[str, Any]:
         # The answer stands in the decoder.
         kept = ~packed.answer_BL[0]
     given: dict[str, Any] = {"input_ids": ids[:, kept], "attention_mask": packed.mask_BL[:, kept]}
-    given |= backbone.vision.inputs(batch.pictures, batch.questions)
+    given |= backbone.vision.inputs(batch.pictures)
     if backbone.family.positions == "mrope":
         given["mm_token_type_ids"] = packed.image_BL.int()
     if backbone.family.attends == "pictures":

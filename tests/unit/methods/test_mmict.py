@@ -327,7 +327,7 @@ def test_hub_that_begins_as_an_instructblip_gives_the_visual_tokens_of_that_mode
     pictures = _pictures(backbone)
     for key, question in (("p0", "What colour is it?"), ("p1", "Is it a cat?")):
         (visual,) = _soft(method, [Turn((key,), question, None)])
-        torch.testing.assert_close(visual, backbone.see(join([pictures[key]]), [question]), **LAST_BITS)
+        torch.testing.assert_close(visual, backbone.see(join([pictures[key]], [question])), **LAST_BITS)
 
 
 # Scale, shift, separator; of BLIP-2 also two embeddings and, in two layers, weight and bias of three modules.
