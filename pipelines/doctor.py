@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mmicl_core.assets import EMBEDDED, resolve
-from mmicl_core.backbones.hugging_face import ROLES, HuggingFaceBackbone, outline_backbone
+from mmicl_core.backbones.hugging_face import ROLES, outline_backbone
 from mmicl_core.errors import MmiclError
 from mmicl_core.methods import METHODS, build_method, default_settings
 
@@ -109,21 +109,10 @@ def _describe(folder: Path) -> list[str]:
     for role in ROLES:
         counted = sum(parameter.numel() for _, parameter in backbone.role_parameters(role))
         tied = ", tied to the embeddings" if role == "head" and not counted else ""
-        lines.append(f"  {role:<15} {_path(backbone, role)}: {counted:,} parameters{tied}")
+        lines.append(f"  {role:<15} {' + '.join(family.roles[role])}: {counted:,} parameters{tied}")
     for name in METHODS:
         # Methods change what they are built around.
         method = build_method(outline_backbone(folder), default_settings(name))
         trained = sum(parameter.numel() for parameter in method.trainable().values())
         lines.append(f"  {name:<15} trains {trained:,} parameters, {trained / total:.2%}")
     return lines
-
-
-def _path(backbone: HuggingFaceBackbone, role: str) -> str:
-    family = backbone.family
-    paths = {
-        "vision_tower": family.vision_tower,
-        "projector": " + ".join(family.projector),
-        "language_model": family.language_model,
-        "head": family.head,
-    }
-    return paths[role]

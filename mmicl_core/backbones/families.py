@@ -122,6 +122,21 @@ class Family:
     chat_template: str | None = None
     """How turns are written where the processor has no template of its own."""
 
+    @property
+    def language_side(self) -> str:
+        """The language model, of an encoder-decoder with its decoder; the head may be in it."""
+        return self.language_model if self.root else self.language_model.rpartition(".")[0]
+
+    @property
+    def roles(self) -> Mapping[str, tuple[str, ...]]:
+        """Where each role lies; what lies inside two of them belongs to the one that is named first."""
+        return {
+            "projector": self.projector,
+            "head": (self.head,),
+            "vision_tower": (self.vision_tower,),
+            "language_model": (self.language_side,),
+        }
+
 
 # Question and answer as BLIP-2 was shown them (Li et al. 2023, arXiv:2301.12597, section 4).
 BLIP_TEMPLATE = (

@@ -84,11 +84,13 @@ class HuggingFaceBackbone(nn.Module):
         matrices, stays as it is used, without dropout."""
         super().train(False)
         self.training = mode
+        modules = dict(self.model.named_modules())
         for role in ROLES:
             parameters = [parameter for _, parameter in self.role_parameters(role)]
             if parameters and all(parameter.requires_grad for parameter in parameters):
-                for module in self._role_modules(role):
-                    module.train(mode)
+                for path in self.family.roles[role]:
+                    if path in modules:
+                        modules[path].train(mode)
         return self
 
     @property
@@ -140,15 +142,12 @@ class HuggingFaceBackbone(nn.Module):
     @property
     def language_side(self) -> nn.Module:
         """The language model, of an encoder-decoder with its decoder; the head may be in it."""
-        return part(self.model, self._language_path)
+        return part(self.model, self.family.language_side)
 
     def role_parameters(self, role: str) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters of a role, one of `ROLES`, by their names in the model; each belongs to one role."""
-        inner = {"projector": self.family.projector, "head": (self.family.head,)}
-        outer = {"vision_tower": self.family.vision_tower, "language_model": self._language_path}
         for name, parameter in self.model.named_parameters():
-            owner = next((owner for owner, paths in inner.items() if _inside(name, paths)), None)
-            owner = owner or next((owner for owner, path in outer.items() if _inside(name, (path,))), None)
+            owner = next((owner for owner, paths in self.family.roles.items() if _inside(name, paths)), None)
             if owner == role:
                 yield name, parameter
 
@@ -262,12 +261,6 @@ class HuggingFaceBackbone(nn.Module):
         self.processor.save_pretrained(folder)
 
     @property
-    def _language_path(self) -> str:
-        return (
-            self.family.language_model if self.family.root else self.family.language_model.rpartition(".")[0]
-        )
-
-    @property
     def _root(self) -> Any:
         return part(self.model, self.family.root) if self.family.root else self.model
 
@@ -275,13 +268,6 @@ class HuggingFaceBackbone(nn.Module):
         blocks = part(module, path)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
-
-    def _role_modules(self, role: str) -> Iterator[nn.Module]:
-        if role == "projector":
-            modules = dict(self.model.named_modules())
-            yield from (modules[path] for path in self.family.projector if path in modules)
-        else:
-            yield self.language_side if role == "language_model" else getattr(self, role)
 
 
 def _inside(name: str, paths: Sequence[str]) -> bool:
