@@ -12,7 +12,6 @@ A new method overrides `write`, `collate` or `embed`, whichever is enough, and s
 from __future__ import annotations
 
 import random
-from abc import ABC
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -68,7 +67,7 @@ class PromptBatch:
         return self.packed.num_scored
 
 
-class Method(nn.Module, ABC):
+class Method(nn.Module):
     """A way to learn from demonstrations, around one backbone."""
 
     reads: ClassVar[Literal["episodes", "pictures"]] = "episodes"
