@@ -286,7 +286,6 @@ def test_features_hold_both_versions_of_every_query_and_the_states_of_every_demo
         assert not np.array_equal(seen.features, changed.features)
         for turn in row["turns"][:-1]:
             key = demonstration_key(Turn((turn["picture"],), turn["question"], turn["answer"]))
-            assert key == "\t".join((turn["picture"], turn["question"], turn["answer"]))
             assert key in states
 
 

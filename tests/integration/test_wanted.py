@@ -12,6 +12,7 @@ import pytest
 
 from mmicl_core.data.arrow_files import read_arrow, write_arrow
 from mmicl_core.data.schema import EPISODE
+from mmicl_core.prompts import Turn, demonstration_key
 from pipelines.parts import Counts, Pool
 from pipelines.stages import Stage, read_manifest
 from pipelines.wanted import KEY, demonstrations, encode_parts
@@ -66,7 +67,7 @@ def test_what_several_files_show_is_encoded_once_and_the_lists_are_gone(tmp_path
     episodes = _episodes(tmp_path, [["bako", "mute", "q"], ["bako", "q"]], [["mute", "sidu", "q"]])
     # More than a bucket holds, so that there are several.
     stage, keys = _encode(tmp_path, episodes, most=200_000)
-    assert keys == [f"a\tThis is\t{answer}" for answer in ("bako", "mute", "sidu")]
+    assert keys == [demonstration_key(Turn(("a",), "This is", answer)) for answer in ("bako", "mute", "sidu")]
     assert read_manifest(stage.folder)["rows"] == 3
     assert not list(stage.folder.glob("wanted-*"))
 
