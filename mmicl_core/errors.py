@@ -5,6 +5,7 @@
     |-- DataError          a corpus or data set that breaks its schema: names the file, row or column
     |-- BackboneError      a model whose parts cannot be found: what was looked for, what exists
     |-- CheckpointError    weights that do not fit: the first missing, unexpected, mismatched names
+    |-- TrainingError      a run that cannot go on: which worker, in which module, why
     `-- BankError          a demonstration that the bank cannot store or verify
 
 All of them are `ValueError`: each is something that a user, a file or a network can cause. What only
@@ -22,6 +23,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "MmiclError",
+    "TrainingError",
     "find_mistake",
 ]
 
@@ -44,6 +46,10 @@ class BackboneError(MmiclError):
 
 class CheckpointError(MmiclError):
     """Weights that do not fit the model that they are loaded into."""
+
+
+class TrainingError(MmiclError):
+    """A run that cannot go on."""
 
 
 class BankError(MmiclError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import backbone_identity, load_for_inference
-from mmicl_core.config.episodes import EpisodeConfig, ShotStage, TwoWayConfig
+from mmicl_core.config.episodes import EpisodeConfig, KindConfig, ShotStage, TaskConfig, TwoWayConfig
+from mmicl_core.config.evaluate import ADAPTED, Condition, EvaluateConfig
 from mmicl_core.config.run import RunConfig
-from mmicl_core.config.train import ADAPTED, Condition, EvaluateConfig
 from mmicl_core.data.catalogue import Catalogue
 from mmicl_core.data.images import decode
 from mmicl_core.data.pictures import images_of
@@ -56,7 +57,9 @@ def evaluate(run: RunConfig, root: Path) -> list[dict[str, Any]]:
 
 def evaluation_episodes(source: Source, run: RunConfig, shots: int, root: Path) -> Stage:
     """Episodes of the part asked about, all with hard negatives and the question that training used first."""
-    trained = next((task for task in run.episodes.tasks if isinstance(task, TwoWayConfig)), TwoWayConfig())
+    task: TaskConfig = KindConfig(demonstrations=2 * shots)
+    if run.evaluate.task == "two_way":
+        task = _as_trained(run.episodes.tasks)
     config = EpisodeConfig(
         part=run.evaluate.part,
         stages=(
@@ -66,11 +69,16 @@ def evaluation_episodes(source: Source, run: RunConfig, shots: int, root: Path) 
                 max_shots_of_both_classes=2 * shots,
             ),
         ),
-        tasks=(TwoWayConfig(questions=trained.questions[:1], wording=trained.wording, varied=False),),
+        tasks=(task,),
         near_duplicate_bits=run.episodes.near_duplicate_bits,
         seed=run.evaluate.seed,
     )
     return build_episodes(source, config, root)
+
+
+def _as_trained(tasks: Sequence[TaskConfig]) -> TwoWayConfig:
+    trained = next((task for task in tasks if isinstance(task, TwoWayConfig)), TwoWayConfig())
+    return TwoWayConfig(questions=trained.questions[:1], wording=trained.wording, varied=False)
 
 
 def _evaluate_at(run: RunConfig, shots: int, source: Source, episodes: Stage, root: Path) -> dict[str, Any]:
@@ -192,6 +200,9 @@ class _Answerer:
         }
 
     def _scored(self, episode: dict[str, Any], condition: Condition, answer: str) -> dict[str, Any]:
+        if episode["task"] == "kind":
+            right = names_exactly(answer, episode["answer"])
+            return {"expected": episode["answer"], "other": episode["other"], "right": right}
         # Its answer may be a sentence.
         other = episode["other"]
         (expected,) = (name for name in episode["names"] if name != other)

@@ -5,8 +5,9 @@ number of a row --read or draw--> row --version of each picture--> features or p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
 
 from mmicl_core.config.run import RunConfig
 from mmicl_core.data.augment import vary_turns
@@ -14,11 +15,14 @@ from mmicl_core.data.pictures import PixelStore
 from mmicl_core.data.store import ArrayStore, PictureStore
 from mmicl_core.methods.base import Batch, Method, Pictures
 from mmicl_core.training.order import RowOrder, share_of_worker
+from mmicl_core.training.step import MicroBatch
 from pipelines.episodes import DrawnEpisodes, read_episodes
 from pipelines.materials import Materials, training_rows
 from pipelines.pairs import open_corpus
 
-__all__ = ["Feed", "open_pictures"]
+__all__ = ["Ahead", "Feed", "open_pictures"]
+
+Made = TypeVar("Made")
 
 
 def open_pictures(
@@ -58,10 +62,32 @@ class Feed:
             lambda epoch: method.epoch_order(outline, epoch, run.train.seed), run.train.global_batch
         )
 
-    def micro_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
+    @property
+    def looks(self) -> bool:
+        """Whether the vision tower runs in every step."""
+        return self._features is None and self._method.reads == "episodes"
+
+    def micro_batches(self, step: int, rank: int, world_size: int) -> list[MicroBatch]:
         """This worker's share of a step."""
-        shares = share_of_worker(self._order.step(step), rank, world_size, self._run.train.micro_batch)
-        return [self._collate([self._row(*visit) for visit in share]) for share in shares]
+        return self._share(self._order.step(step), rank, world_size)
+
+    def once(self, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
+        """This worker's share of all rows, in their own order, each of them once."""
+        size = self._run.train.global_batch
+        for start in range(0, len(self._rows), size):
+            visits = [(number, number) for number in range(start, min(start + size, len(self._rows)))]
+            yield self._share(visits, rank, world_size)
+
+    def _share(self, visits: Sequence[tuple[int, int]], rank: int, world_size: int) -> list[MicroBatch]:
+        shares = share_of_worker(visits, rank, world_size, self._run.train.micro_batch)
+        # Workers keep step with each other: one without a row of its own runs another's, which does not
+        # count.
+        return [self._micro_batch(share or visits[-1:], counts=bool(share)) for share in shares]
+
+    def _micro_batch(self, visits: Sequence[tuple[int, int]], *, counts: bool) -> MicroBatch:
+        rows = [self._row(*visit) for visit in visits]
+        names = tuple(str(row.get("id", row.get("picture"))) for row in rows)
+        return MicroBatch(self._collate(rows), counts, names)
 
     @property
     def replaced(self) -> Mapping[str, int]:
@@ -90,3 +116,33 @@ class Feed:
         if materials.episodes is not None:
             return read_episodes(materials.episodes)
         return training_rows(materials.catalogue)
+
+
+class Ahead(Generic[Made]):
+    """Makes what the next step takes while the present one is computed.
+
+    Args:
+        make: of the number of a step.
+        steps: in the order in which they are taken.
+    """
+
+    def __init__(self, make: Callable[[int], Made], steps: range) -> None:
+        self._make, self._steps = make, iter(steps)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._next: Future[Made] | None = None
+        self._begin()
+
+    def take(self) -> Made:
+        """What the next step takes; raises what making it raised."""
+        assert self._next is not None, "all steps were taken"
+        made = self._next.result()
+        self._begin()
+        return made
+
+    def close(self) -> None:
+        """Make nothing more."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _begin(self) -> None:
+        step = next(self._steps, None)
+        self._next = None if step is None else self._thread.submit(self._make, step)

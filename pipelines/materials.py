@@ -28,7 +28,7 @@ from pipelines.episodes import PoolFolders, Source, build_episodes, describe, po
 from pipelines.features import encode_demonstrations, encode_pictures, teach_pictures
 from pipelines.stages import Stage
 
-__all__ = ["Materials", "open_backbone", "prepare", "training_rows"]
+__all__ = ["Materials", "open_backbone", "prepare", "prepare_held_out", "training_rows"]
 
 NEW_NANO = "new:nano"
 MEASURED_PICTURES = 1500
@@ -65,6 +65,24 @@ def prepare(run: RunConfig, root: Path) -> Materials:
         raise ConfigError(
             f"episodes.part is {run.episodes.part!r}, which is held out from training: leave it at 'train'"
         )
+    return _prepare(run, root)
+
+
+def prepare_held_out(run: RunConfig, root: Path) -> tuple[RunConfig, Materials] | None:
+    """What a run validates on, and the run as it reads that; None where it does not validate."""
+    asked = run.train.validation
+    if asked.every is None:
+        return None
+    stage = run.episodes.stages[0].model_copy(update={"episodes": asked.episodes})
+    episodes = run.episodes.model_copy(
+        update={"part": asked.part, "stages": (stage,), "streamed": False, "preset": None}
+    )
+    plain = run.train.model_copy(update={"picture_variants": 1})
+    held_out = run.model_copy(update={"episodes": episodes, "train": plain})
+    return held_out, _prepare(held_out, root)
+
+
+def _prepare(run: RunConfig, root: Path) -> Materials:
     source = describe(run, root)
     concepts = source.catalogue("concept")
     backbone = open_backbone(run.backbone, source, root)

@@ -1,4 +1,4 @@
-"""Ray Train: the workers that train a method under ZeRO-3.
+"""Ray Train: the driver of a training.
 
 `train` prepares what the method reads, starts the workers and waits. Each worker builds the same
 method, restores the last checkpoint and takes its share of every step. A killed run, started again,
@@ -19,52 +19,53 @@ import ray
 import ray.train
 import torch
 from ray.train import ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from mmicl_core.assets import resolve
-from mmicl_core.backbones.hugging_face import backbone_identity, load_backbone
+from mmicl_core.backbones.hugging_face import backbone_identity, load_backbone, outline_backbone
 from mmicl_core.config.model import MethodConfig, MtvConfig, SupConConfig
 from mmicl_core.config.run import RunConfig
-from mmicl_core.config.train import TrainConfig
-from mmicl_core.data.files import write_atomic
-from mmicl_core.errors import find_mistake
+from mmicl_core.config.train import ElasticWorkers, TrainConfig
+from mmicl_core.errors import TrainingError, find_mistake
+from mmicl_core.evaluation.training_report import write_training_page
 from mmicl_core.methods import build_method
 from mmicl_core.methods.adapter import CONFIG_FILE, adapter_identity
-from mmicl_core.methods.base import Method
-from mmicl_core.training.checkpoint import TrainState, has_state, load_state, save_state
-from mmicl_core.training.step import StepMetrics, learning_rate, train_step
+from mmicl_core.training.checkpoint import load_state
 from pipelines.environment import code_revision
-from pipelines.feed import Feed
 from pipelines.fit import fit
-from pipelines.materials import Materials, prepare
+from pipelines.journal import ENGINE_FILE, METRICS_FILE, checkpoints_in
+from pipelines.materials import Materials, prepare, prepare_held_out
+from pipelines.mirror import Mirror
+from pipelines.preflight import check_output
 from pipelines.progress import counting
 from pipelines.stages import Stage
+from pipelines.trackers import check_trackers
+from pipelines.watch import start_watch
+from pipelines.worker import Job, train_worker
+from pipelines.zero import EMA, shapes_of
 
-__all__ = ["METRICS_FILE", "RESULT", "train"]
+__all__ = ["METRICS_FILE", "RESULT", "train", "training_stage"]
 
 log = logging.getLogger("mmicl")
 
-CHECKPOINT = "checkpoint"
-METRICS_FILE = "metrics.jsonl"
-PARTITION_FILE = "partition.json"
 RESULT = "result"
-MAX_FAILURES = 3
+PAGE = "training.html"
+# Value and two moments in 32 bits, and what is written anew beside what it replaces.
+BYTES_OF_A_TRAINED_PARAMETER = 12
 
 
 def train(run: RunConfig, root: Path) -> Stage:
     """Train what `run` asks for; the result, in the form that is used afterwards, is in `result`.
 
     The manifest holds `steps`, `world_size`, `zero_stage`, `partition`, `loss_first`, `loss_last`.
+
+    Raises:
+        ConfigError: the run cannot start: its folder, its trackers, or its settings together.
+        TrainingError: it cannot go on; names the worker, where it was and why.
     """
+    check_trackers(run.train.trackers)
     materials = prepare(run, root)
-    run, named = _resolve_start(run)
-    stage = Stage(
-        root,
-        f"train-{run.method.type}",
-        train=run.train,
-        method=named,
-        materials=materials.names(),
-    )
+    run, stage = training_stage(run, materials, root)
     # Checkpoints outlive a failed run, so they cannot lie in the folder that appears when it ends.
     work = root.absolute() / f"{stage.folder.name}.work"
 
@@ -72,30 +73,60 @@ def train(run: RunConfig, root: Path) -> Stage:
         about = {"backbone_name": run.backbone.path, "code": code_revision()}
         if isinstance(run.method, MtvConfig):
             return fit(run, materials, folder / RESULT, about)
+        check_output(root, _checkpoint_bytes(run, materials))
         work.mkdir(parents=True, exist_ok=True)
-        with counting("Training", run.train.steps) as counter:
-            settings = {
-                "run": run.model_dump(mode="json"),
-                "materials": materials,
-                "work": str(work),
-                "counter": counter,
-            }
-            _fit(settings, run.train, work)
+        config = run.train
+        Mirror.of(config.checkpoints.mirror, work.name, checkpoints_in(work, config)).fetch()
+        watch = start_watch(config.stall_seconds)
+        with counting("Training", config.steps) as counter:
+            job = Job(run, materials, prepare_held_out(run, root), work, counter, watch)
+            _fit(job)
         return _collect(run, materials, work, folder, about)
 
     manifest = stage.run(build)
     if "partition" in manifest:
-        partition = manifest["partition"]
-        log.info(
-            "ZeRO stage %d: each of %d workers holds %d of the %d elements of %s",
-            manifest["zero_stage"],
-            manifest["world_size"],
-            partition["shard_elements"],
-            partition["full_elements"],
-            partition["parameter"],
-        )
+        _tell(manifest)
     shutil.rmtree(work, ignore_errors=True)
     return stage
+
+
+def training_stage(run: RunConfig, materials: Materials, root: Path) -> tuple[RunConfig, Stage]:
+    """The stage of a run, named by all that its result depends on, and the run with its start where the
+    workers find it."""
+    run, named = _resolve_start(run)
+    batches_matter = isinstance(run.method, SupConConfig)
+    decisive = run.train.decisive(batches_matter=batches_matter)
+    stage = Stage(root, f"train-{run.method.type}", train=decisive, method=named, materials=materials.names())
+    return run, stage
+
+
+def _tell(manifest: Mapping[str, Any]) -> None:
+    partition, workers = manifest["partition"], manifest["world_size"]
+    log.info(
+        "ZeRO stage %d in %s, %d workers x %d micro-batches of %d: each holds %d of the %d elements of %s",
+        manifest["zero_stage"],
+        manifest["precision"],
+        workers,
+        manifest["micro_batches"],
+        manifest["micro_batch"],
+        partition["shard_elements"],
+        partition["full_elements"],
+        partition["parameter"],
+    )
+    peaks = ", ".join(f"{peak / 2**20:,.0f} MiB" for peak in manifest["peak_host_bytes"])
+    log.info(
+        "Peak memory of the workers: %s; a checkpoint took %.2f s and %s bytes",
+        peaks,
+        manifest["checkpoint"]["seconds"],
+        f"{manifest['checkpoint']['bytes']:,}",
+    )
+
+
+def _checkpoint_bytes(run: RunConfig, materials: Materials) -> int:
+    method = build_method(outline_backbone(materials.backbone), run.method)
+    trained = sum(parameter.numel() for parameter in method.trainable().values())
+    kept = run.train.checkpoints.keep_last + run.train.checkpoints.keep_best
+    return BYTES_OF_A_TRAINED_PARAMETER * trained * (kept + 1)
 
 
 def _resolve_start(run: RunConfig) -> tuple[RunConfig, MethodConfig]:
@@ -117,36 +148,64 @@ def _resolve_start(run: RunConfig) -> tuple[RunConfig, MethodConfig]:
 def _collect(
     run: RunConfig, materials: Materials, work: Path, folder: Path, about: dict[str, Any]
 ) -> dict[str, Any]:
-    """Turn the last checkpoint into the result; gives what the manifest says of the run."""
+    """Turn the best checkpoint, or the last where none is measured, into the result; gives what the manifest
+    says of the run."""
     method = build_method(load_backbone(materials.backbone), run.method)
-    state = load_state(work / CHECKPOINT, _shapes(method))
+    chosen = checkpoints_in(work, run.train).best()
+    assert chosen is not None, "training ends with a checkpoint"
+    state = load_state(chosen, shapes_of(method))
     with torch.no_grad():
         for name, parameter in method.trainable().items():
-            parameter.copy_(state.parameters[name].value)
-    summary = _summary(work)
-    metrics = {key: summary[key] for key in ("steps", "loss_first", "loss_last")}
+            moments = state.parameters[name]
+            parameter.copy_(moments.value if run.train.ema is None else moments.states[EMA])
+    lines = [json.loads(line) for line in (work / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    metrics: dict[str, Any] = {"steps": state.step, "loss_first": losses[0], "loss_last": losses[-1]}
+    metrics |= {
+        name: state.facts[name]
+        for name in ("validation_loss", "skipped")
+        if state.facts.get(name) is not None
+    }
     method.save(folder / RESULT, about | {"metrics": metrics})
     shutil.copy(work / METRICS_FILE, folder / METRICS_FILE)
-    return summary
+    engine: dict[str, Any] = json.loads((work / ENGINE_FILE).read_text(encoding="utf-8"))
+    write_training_page(folder / METRICS_FILE, _for_page(run, metrics, engine), folder / PAGE)
+    return metrics | engine
 
 
-def _fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> None:
-    for tries_left in reversed(range(1 + MAX_FAILURES)):
-        failure = _try_to_fit(settings, config, work)
+def _for_page(run: RunConfig, metrics: Mapping[str, Any], engine: Mapping[str, Any]) -> dict[str, Any]:
+    left_out = ("deepspeed", "peak_host_bytes", "checkpoint", "steps")
+    told = {name: value for name, value in {**metrics, **engine}.items() if name not in left_out}
+    return told | {
+        "name": f"{run.method.type} around {run.backbone.path}",
+        "steps": run.train.steps,
+        "global_batch": run.train.global_batch,
+        "peak_memory_bytes": max(engine["peak_host_bytes"]),
+        "checkpoint_bytes": engine["checkpoint"]["bytes"],
+    }
+
+
+def _fit(job: Job) -> None:
+    for tries_left in reversed(range(1 + job.run.train.max_failures)):
+        ray.get(job.watch.begin.remote())
+        failure = _try_to_fit(job)
         if failure is None:
             return
+        stall = ray.get(job.watch.stall.remote())
+        if stall is not None:
+            raise TrainingError(stall) from failure
         # A mistake comes back at every try; a worker or a machine that was lost need not.
         if not tries_left or find_mistake(failure) is not None:
             raise failure
         log.info("Training broke off (%s) and goes on from its last checkpoint", type(failure).__name__)
 
 
-def _try_to_fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> BaseException | None:
+def _try_to_fit(job: Job) -> BaseException | None:
     failures: list[BaseException] = []
 
     def fit() -> None:
         try:
-            _trainer(settings, config, work).fit()
+            _trainer(job).fit()
         except BaseException as failure:
             # The thread that waits looks into it.
             failures.append(failure)
@@ -160,100 +219,23 @@ def _try_to_fit(settings: dict[str, Any], config: TrainConfig, work: Path) -> Ba
     return failures[0] if failures else None
 
 
-def _trainer(settings: dict[str, Any], config: TrainConfig, work: Path) -> TorchTrainer:
-    gpus = ray.cluster_resources().get("GPU", 0) >= config.num_workers
-    resources = {"CPU": config.threads_per_worker} | ({"GPU": 1} if gpus else {})
+def _trainer(job: Job) -> TorchTrainer:
+    config = job.run.train
+    gpus = ray.cluster_resources().get("GPU", 0) >= config.worker_range[0]
     return TorchTrainer(
-        _train_worker,
-        train_loop_config=settings,
-        scaling_config=ScalingConfig(
-            num_workers=config.num_workers, use_gpu=gpus, resources_per_worker=resources
-        ),
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=_scaling(config, gpus=gpus),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        run_config=ray.train.RunConfig(name="ray", storage_path=str(work)),
+        run_config=ray.train.RunConfig(name="ray", storage_path=str(job.work)),
     )
 
 
-def _shapes(method: Method) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in method.trainable().items()}
-
-
-def _summary(work: Path) -> dict[str, Any]:
-    lines = (work / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    losses = [json.loads(line)["loss"] for line in lines]
-    summary: dict[str, Any] = json.loads((work / PARTITION_FILE).read_text(encoding="utf-8"))
-    return summary | {"loss_first": losses[0], "loss_last": losses[-1]}
-
-
-def _train_worker(settings: dict[str, Any]) -> None:
-    # Deepspeed is imported where it works: on import it probes the machine.
-    from pipelines.zero3 import ZERO_STAGE, ZeroEngine
-
-    run = RunConfig.model_validate(settings["run"])
-    materials: Materials = settings["materials"]
-    work = Path(settings["work"])
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(run.train.threads_per_worker)
-    torch.manual_seed(run.train.seed)
-    backbone = load_backbone(materials.backbone, attention=run.train.attention)
-    method = build_method(backbone, run.method).to(get_device())
-    saved = work / CHECKPOINT
-    state = load_state(saved, _shapes(method)) if has_state(saved) else None
-    first = state.step if state else 0
-    engine = ZeroEngine(method, run.train, state)
-    feed = Feed(run, method, materials)
-    journal = _Journal(work, first, run.train, settings["counter"], writes=rank == 0)
-    journal.describe(engine.largest_partition() | {"world_size": world_size, "zero_stage": ZERO_STAGE})
-    for step in range(first, run.train.steps):
-        rate = learning_rate(step, run.train.steps, run.train.warmup_steps, run.train.learning_rate)
-        metrics = train_step(engine, feed.micro_batches(step, rank, world_size), rate)
-        journal.note(step, rate, metrics, {"replaced": feed.replaced, "cut": method.cut})
-        if (step + 1) % run.train.checkpoint_every == 0 or step + 1 == run.train.steps:
-            journal.checkpoint(engine.state(step + 1))
-            ray.train.report(vars(metrics))
-    journal.close()
-
-
-class _Journal:
-    """What the first worker writes down: metrics, progress, checkpoints."""
-
-    def __init__(self, work: Path, first: int, config: TrainConfig, counter: Any, *, writes: bool) -> None:
-        self._work, self._config, self._counter, self._writes = work, config, counter, writes
-        self._path = work / METRICS_FILE
-        if writes:
-            # Steps after the last checkpoint are taken again: their lines go.
-            old = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-            kept = [line for line in old if json.loads(line)["step"] <= first]
-            write_atomic(self._path, "".join(line + "\n" for line in kept))
-            ray.get(counter.resume.remote(first))
-
-    def describe(self, facts: Mapping[str, Any]) -> None:
-        """Keep what is known once the engine stands."""
-        if self._writes:
-            partition = {"steps": self._config.steps} | dict(facts)
-            write_atomic(self._work / PARTITION_FILE, json.dumps(partition))
-
-    def note(
-        self, step: int, rate: float, metrics: StepMetrics, counted: Mapping[str, Mapping[str, int]]
-    ) -> None:
-        """Count a step; every `log_every`th is written down, with what this worker counted so far: streamed
-        episodes that were replaced, texts that were cut."""
-        if not self._writes:
-            return
-        self._counter.add.remote(1, f"loss {metrics.loss:.3f}")
-        if step % self._config.log_every == 0 or step + 1 == self._config.steps:
-            line = {"step": step + 1, "learning_rate": rate} | vars(metrics)
-            line |= {name: dict(counts) for name, counts in counted.items() if counts}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def close(self) -> None:
-        """Wait until all steps are counted."""
-        if self._writes:
-            ray.get(self._counter.add.remote(0))
-
-    def checkpoint(self, state: TrainState) -> None:
-        """Replace the checkpoint."""
-        if self._writes:
-            save_state(self._work / CHECKPOINT, state)
+def _scaling(config: TrainConfig, *, gpus: bool) -> ScalingConfig:
+    workers: Any = config.num_workers
+    resources = {"CPU": config.threads_per_worker} | ({"GPU": 1} if gpus else {})
+    more: dict[str, Any] = {"use_gpu": gpus, "resources_per_worker": resources}
+    if isinstance(workers, ElasticWorkers):
+        more |= {"elastic_resize_monitor_interval_s": workers.look_every_seconds}
+        workers = config.worker_range
+    return ScalingConfig(num_workers=workers, **more)

@@ -247,11 +247,13 @@ def tiny_backbone(seed: int = 0, width: int = 32) -> HuggingFaceBackbone:
 class PlainEngine:
     """`training.step.Engine` on one process, by torch alone."""
 
-    world_size = 1
+    rank, world_size = 0, 1
+    spreads_parameters = False
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: Method, micro_batches: int = 1, learning_rate: float = 1e-3) -> None:
         self._method = method
-        self._micro_batches = 0
+        self.micro_batches = micro_batches
+        self._peak = learning_rate
         self._optimizer = torch.optim.AdamW(method.trainable().values(), weight_decay=0.0)
         self.gradients: Mapping[str, Tensor] = {}
         """What the last step followed, by parameter name."""
@@ -263,26 +265,25 @@ class PlainEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Add a gradient."""
-        self._micro_batches += 1
         loss.backward()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, rate: float) -> float:
         """Average over the micro-batches, as DeepSpeed does, and update."""
         for parameter in self._parameters():
-            parameter.grad /= self._micro_batches
+            parameter.grad /= self.micro_batches
         named = self._method.trainable()
         self.gradients = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
         norm = torch.nn.utils.get_total_norm([*self.gradients.values()])
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
+            group["lr"] = self._peak * rate
+        if norm.isfinite():
+            self._optimizer.step()
         self._optimizer.zero_grad()
-        self._micro_batches = 0
         return float(norm)
 
-    def sum_over_workers(self, value: float) -> float:
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
         """There is one worker."""
-        return value
+        return [list(values)]
 
     def _parameters(self) -> Iterator[Any]:
         return (p for p in self._method.trainable().values() if p.grad is not None)

@@ -23,7 +23,7 @@ from mmicl_core.backbones.vision import PictureBatch, Vision
 from mmicl_core.data.collate import NOT_SCORED, Packed
 from mmicl_core.data.files import folder_digest
 from mmicl_core.data.pictures import PreparedPicture
-from mmicl_core.errors import BackboneError, DataError
+from mmicl_core.errors import BackboneError, ConfigError, DataError
 from mmicl_core.prompts import ChatFormat
 
 __all__ = [
@@ -76,6 +76,7 @@ class HuggingFaceBackbone(nn.Module):
         self.language_model = part(model, self.family.language_model)
         self.head = part(model, self.family.head)
         self.vision = Vision(self._root, self.family, processor, self.projector)
+        self._computes_again = False
         self.requires_grad_(requires_grad=False)
         self.eval()
 
@@ -91,7 +92,33 @@ class HuggingFaceBackbone(nn.Module):
                 for path in self.family.roles[role]:
                     if path in modules:
                         modules[path].train(mode)
+        if self._computes_again:
+            for block in self.layers:
+                # Of a frozen block, only the flag that has it computed again; its parts stay as they are
+                # used.
+                block.training = mode
         return self
+
+    def checkpoint_gradients(self) -> None:
+        """In training, compute the blocks of the language model again on the way back instead of keeping what
+        they gave.
+
+        Raises:
+            ConfigError: the library cannot do so with this model.
+        """
+        if not getattr(self.model, "supports_gradient_checkpointing", False):
+            raise ConfigError(
+                f"this {self.model.config.model_type} cannot compute its layers again: set "
+                "train.gradient_checkpointing to false"
+            )
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
+        self._computes_again = True
+        for block in self.layers:
+            if not any(parameter.requires_grad for parameter in block.parameters()):
+                for name in ("dropout", "activation_dropout"):
+                    if isinstance(getattr(block, name, None), float):
+                        # Blocks that read their own flag would drop activations, which frozen ones never do.
+                        setattr(block, name, 0.0)
 
     @property
     def tokenizer(self) -> Any:

@@ -11,9 +11,10 @@ from pydantic import ValidationError, model_validator
 from mmicl_core.config.base import Config, explain
 from mmicl_core.config.corpus import ConceptConfig, CorpusConfig, EmbedderConfig, NeighbourConfig
 from mmicl_core.config.episodes import EpisodeConfig
+from mmicl_core.config.evaluate import EvaluateConfig
 from mmicl_core.config.model import AimConfig, BackboneConfig, MethodConfig
 from mmicl_core.config.serve import ServeConfig
-from mmicl_core.config.train import EvaluateConfig, TrainConfig
+from mmicl_core.config.train import TrainConfig
 from mmicl_core.errors import ConfigError
 
 __all__ = ["RunConfig", "load_run"]
@@ -60,13 +61,31 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _pairs_stay_together(self) -> Self:
-        share = self.train.global_batch // self.train.num_workers
-        if self.method.type == "supcon" and (share % 2 or min(share, self.train.micro_batch) % 2):
+    def _validation_has_episodes(self) -> Self:
+        if self.train.validation.every is not None and self.method.type in ("supcon", "mtv"):
             raise ValueError(
-                f"method supcon learns from pairs, but train.global_batch ({self.train.global_batch}) gives "
-                f"each of train.num_workers ({self.train.num_workers}) {share} pictures, in pieces of "
-                f"train.micro_batch ({self.train.micro_batch}): both must be even"
+                f"train.validation measures the loss on episodes, of which method {self.method.type} has "
+                "none: set "
+                "train.validation.every to None"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_stay_together(self) -> Self:
+        train, (fewest, most) = self.train, self.train.worker_range
+        if self.method.type != "supcon":
+            return self
+        if fewest != most:
+            raise ValueError(
+                "method supcon compares the pictures that one worker sees at once, which depends on how many "
+                f"workers there are, but train.num_workers is {fewest} to {most}: set it to one number"
+            )
+        share, rest = divmod(train.global_batch, most)
+        if rest or share % 2 or min(share, train.micro_batch) % 2:
+            raise ValueError(
+                f"method supcon learns from pairs, but train.global_batch ({train.global_batch}) gives "
+                f"each of train.num_workers ({most}) {train.global_batch / most:g} pictures, in pieces of "
+                f"train.micro_batch ({train.micro_batch}): both must be even"
             )
         return self
 

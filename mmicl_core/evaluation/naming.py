@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmicl_core.config.train import ADAPTED, Condition
+from mmicl_core.config.evaluate import ADAPTED, Condition
 from mmicl_core.data.tasks.caption import NAME_QUESTION
 from mmicl_core.data.tasks.kind import KIND_QUESTION
 from mmicl_core.methods.base import Method, Pictures

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -19,10 +20,12 @@ __all__ = [
     "ORANGE",
     "THUMBNAIL",
     "Bar",
+    "Line",
     "bar_chart",
     "column_chart",
     "data_uri",
     "facts_table",
+    "line_chart",
     "picture",
     "render_page",
     "text",
@@ -63,6 +66,9 @@ svg .soft{fill:#536072}
 BAR, ROW, LETTER, LEAST_LABEL, MOST_LABEL, NUMBER = 420, 34, 7.2, 120, 300, 110
 COLUMNS_WIDE, COLUMNS_HIGH, AXIS, MOST_TICKS = 640, 160, 60, 10
 SCALE = 1.2
+# Of longer lines, what a pixel's width cannot show is left out.
+MOST_POINTS, MOST_MARKERS = 900, 40
+WIDE_RANGE = 30
 
 
 def render_page(title: str, parts: Iterable[str], style: str = "") -> str:
@@ -191,8 +197,122 @@ def column_chart(groups: Sequence[str], series: Mapping[str, Sequence[float]], u
                 f"{escape(group)}</text>"
             )
     drawn.append(f"<text class=soft x={COLUMNS_WIDE} y={bottom + 38} text-anchor=end>{escape(under)}</text>")
-    drawn += _legend(list(series))
+    drawn += _legend([(name, (BLUE, ORANGE)[place % 2]) for place, name in enumerate(series)])
     return _svg(COLUMNS_WIDE + 10, bottom + 46, drawn)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a line chart."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    """Places along the axis, ascending, with heights; one that is not finite interrupts the line."""
+    colour: str = BLUE
+    faint: bool = False
+    """Drawn thin, behind a line that sums it up."""
+
+
+def line_chart(lines: Sequence[Line], under: str = "", *, logarithmic: bool = False) -> str:
+    """Lines over one axis, with a legend where there are several.
+
+    Args:
+        under: what the axis is, in a short word.
+        logarithmic: heights may be drawn by their powers of ten, if they are positive and far apart.
+    """
+    points = [point for line in lines for point in line.points if math.isfinite(point[1])]
+    if not points:
+        return _svg(COLUMNS_WIDE + 10, COLUMNS_HIGH, [])
+    heights = [height for _, height in points]
+    low, high = min(heights), max(heights)
+    powers = logarithmic and low > 0 and high / low > WIDE_RANGE
+    marks = _powers(low, high) if powers else _ticks(low if low > high / 2 else min(low, 0.0), high)
+    first, last = min(x for x, _ in points), max(x for x, _ in points)
+    legend = _legend([(line.name, line.colour) for line in lines if not line.faint])
+    top = 24.0 if legend else 8.0
+    bottom = top + COLUMNS_HIGH
+
+    def across(x: float) -> float:
+        share = (x - first) / (last - first) if last > first else 0.5
+        return AXIS + (COLUMNS_WIDE - AXIS) * share
+
+    def down(y: float) -> float:
+        tall = math.log10 if powers else float
+        share = (tall(y) - tall(marks[0])) / (tall(marks[-1]) - tall(marks[0]))
+        return bottom - (bottom - top) * share
+
+    drawn = [
+        f"<line x1={AXIS} x2={COLUMNS_WIDE} y1={down(mark):.1f} y2={down(mark):.1f} stroke='#dde3ea'/>"
+        f"<text class=soft x={AXIS - 6} y={down(mark) + 4:.1f} text-anchor=end>{mark:.6g}</text>"
+        for mark in marks
+    ]
+    drawn += [
+        f"<text class=soft x={across(mark):.1f} y={bottom + 18} text-anchor=middle>{mark:.9g}</text>"
+        for mark in (_ticks(first, last) if last > first else [first])
+        if first <= mark <= last
+    ]
+    drawn.append(f"<text class=soft x={AXIS - 6} y={bottom + 18} text-anchor=end>{escape(under)}</text>")
+    drawn += [
+        _polyline(line, [(across(x), down(y) if math.isfinite(y) else y) for x, y in _thin(line.points)])
+        for line in sorted(lines, key=lambda line: not line.faint)
+    ]
+    return _svg(COLUMNS_WIDE + 24, bottom + 26, drawn + legend)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """A few round numbers, the first of them not above `low` and the last not below `high`."""
+    if low == high:
+        low, high = low - abs(low) / 2, high + (abs(high) / 2 or 1.0)
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def _powers(low: float, high: float) -> list[float]:
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    every = -(-(last - first) // 6)
+    return [10.0**power for power in range(first, last + every, every)]
+
+
+def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+    """Of each of many pieces of a long line the lowest and the highest point, and one that interrupts it."""
+    size = -(-3 * len(points) // MOST_POINTS)
+    if size <= 3:
+        return points
+    kept: list[tuple[float, float]] = []
+    for start in range(0, len(points), size):
+        piece = points[start : start + size]
+        finite = sorted((point for point in piece if math.isfinite(point[1])), key=lambda point: point[1])
+        gaps = [point for point in piece if not math.isfinite(point[1])]
+        kept += sorted({*finite[:1], *finite[-1:], *gaps[:1]}, key=lambda point: point[0])
+    return kept
+
+
+def _polyline(line: Line, places: Sequence[tuple[float, float]]) -> str:
+    pieces: list[list[tuple[float, float]]] = [[]]
+    for place in places:
+        if math.isfinite(place[1]):
+            pieces[-1].append(place)
+        elif pieces[-1]:
+            pieces.append([])
+    style = f"stroke='{line.colour}' " + ("stroke-width=1 opacity=0.35" if line.faint else "stroke-width=2")
+    drawn = [
+        f"<polyline fill=none stroke-linejoin=round {style} points='"
+        + " ".join(f"{x:.1f},{y:.1f}" for x, y in piece)
+        + "'/>"
+        for piece in pieces
+        if len(piece) > 1
+    ]
+    few = not line.faint and sum(map(len, pieces)) <= MOST_MARKERS
+    drawn += [
+        f"<circle cx={x:.1f} cy={y:.1f} r=2.5 fill='{line.colour}'/>"
+        for piece in pieces
+        for x, y in piece
+        if few or len(piece) == 1
+    ]
+    return f"<g><title>{escape(line.name)}</title>{''.join(drawn)}</g>"
 
 
 def _bar(bar: Bar, top: float, left: float) -> str:
@@ -213,13 +333,13 @@ def _bar(bar: Bar, top: float, left: float) -> str:
     )
 
 
-def _legend(names: Sequence[str]) -> list[str]:
+def _legend(names: Sequence[tuple[str, str]]) -> list[str]:
     if len(names) < 2:
         return []
     drawn, left = [], float(AXIS)
-    for place, name in enumerate(names):
+    for name, colour in names:
         drawn.append(
-            f"<rect x={left:.0f} y=2 width=11 height=11 fill='{(BLUE, ORANGE)[place % 2]}'/>"
+            f"<rect x={left:.0f} y=2 width=11 height=11 fill='{colour}'/>"
             f"<text x={left + 16:.0f} y=12>{escape(name)}</text>"
         )
         left += LETTER * len(name) + 44

@@ -195,8 +195,17 @@ class Aim(Method):
         shown = batch.shown
         if isinstance(shown, Demonstrations):
             shown = self.reader.read(shown) if shown.kept else []
-        visual = self.backbone.see(batch.pictures)
+        visual = self.see(batch.pictures)
         return self.backbone.embed(batch.packed.to(self.backbone.device), visual, self._fuse(shown))
+
+    def calls(self, batch: AimBatch) -> Mapping[str, int]:
+        """Also how many demonstrations the frozen backbone reads, and of these how many pictures."""
+        shown = batch.shown
+        kept, pictures = (
+            (len(shown.kept), len(shown.pictures)) if isinstance(shown, Demonstrations) else (0, 0)
+        )
+        read = {"demonstrations": kept, "pictures of demonstrations": pictures}
+        return {**super().calls(batch), **read}
 
     def _fuse(self, states_TD: Sequence[Tensor]) -> Tensor:
         """Fused tokens of all demonstrations, (sum of T, D); the aggregator runs also where there is none, as

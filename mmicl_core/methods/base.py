@@ -15,16 +15,18 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from mmicl_core.backbones.decoding import generate
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.language import Embedded
-from mmicl_core.backbones.vision import PictureBatch, look_up
+from mmicl_core.backbones.vision import PictureBatch, join, look_up
 from mmicl_core.data.collate import Packed, pack
 from mmicl_core.data.pictures import PreparedPicture
 from mmicl_core.methods.adapter import save_parameters
@@ -35,6 +37,7 @@ __all__ = ["Batch", "Method", "Pictures", "Plain", "PromptBatch", "Side", "State
 Pictures = Mapping[str, PreparedPicture]
 """Pictures by key, with pixels or with what a frozen part made of them."""
 Side = Literal["left", "right"]
+BLANK = Image.new("RGB", (64, 64), "grey")
 
 
 class Batch(Protocol):
@@ -76,6 +79,9 @@ class Method(nn.Module):
     """What pictures are to it: what frozen parts make of them is computed once and kept."""
     changes_backbone: ClassVar[bool] = False
     """Whether what it trains lies inside the backbone, which then is no longer the plain one."""
+    looks: bool = False
+    """Set while workers train together and pictures come as pixels: a batch without any then looks at a blank
+    one, as all workers have to call the same modules."""
     config: Any
     """Its settings."""
 
@@ -108,10 +114,28 @@ class Method(nn.Module):
         """What was left out of texts so far, by what it was."""
         return {}
 
+    def calls(self, batch: Any) -> Mapping[str, int]:
+        """How much of a batch goes through parts that not every batch needs, by what it is.
+
+        Where parameters are spread over workers, none of them may be 0 on one worker and not on another.
+        """
+        return {"pictures": max(1, len(batch.pictures)) if self.looks else 0}
+
+    def see(self, pictures: PictureBatch) -> Tensor | None:
+        """Visual tokens of all pictures, (sum of V, D); of none, nothing, or no rows where a blank one was
+        looked at: every parameter has to get a gradient, be it zero."""
+        if len(pictures) or not self.looks:
+            return self.backbone.see(pictures)
+        return self.backbone.vision.see(self.blank)[:0]
+
+    @cached_property
+    def blank(self) -> PictureBatch:
+        """A picture to look at where there is none."""
+        return join(self.backbone.prepare([BLANK]), [""])
+
     def embed(self, batch: Any) -> Embedded:
         """A batch as the language model takes it."""
-        packed = batch.packed.to(self.backbone.device)
-        return self.backbone.embed(packed, self.backbone.see(batch.pictures))
+        return self.backbone.embed(batch.packed.to(self.backbone.device), self.see(batch.pictures))
 
     def applied(self, prompts: Embedded) -> AbstractContextManager[None]:
         """Whatever a method does to the language model while that reads `prompts`; most do nothing to it."""

@@ -32,20 +32,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mmicl_core.backbones.deep_prompts import class_states, prompts_before_pictures, prompts_beside_states
 from mmicl_core.backbones.families import vision_blocks_read
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.language import Embedded
-from mmicl_core.backbones.vision import PictureBatch, join
+from mmicl_core.backbones.vision import PictureBatch
 from mmicl_core.config.model import M2ptConfig
 from mmicl_core.errors import ConfigError
 from mmicl_core.methods.adapter import load_parameters
@@ -55,7 +53,6 @@ from mmicl_core.prompts import Piece, Prompt, Turn
 __all__ = ["DeepPrompts", "M2pt"]
 
 # Grey, since Idefics takes a picture of nothing but zeros for padding.
-BLANK = Image.new("RGB", (64, 64), "grey")
 
 
 class DeepPrompts(nn.Module):
@@ -175,12 +172,8 @@ class M2pt(Method):
         assert pictures.features is None, "the prompts stand inside the tower: it has to run"
         if len(pictures):
             return self._look(pictures)
-        visual, soft_tokens = self._look(self._blank)
+        visual, soft_tokens = self._look(self.blank)
         return visual[:0], None if soft_tokens is None else soft_tokens[:0]
-
-    @cached_property
-    def _blank(self) -> PictureBatch:
-        return join(self.backbone.prepare([BLANK]), [""])
 
     def _look(self, pictures: PictureBatch) -> tuple[Tensor, Tensor | None]:
         backbone = self.backbone

@@ -146,6 +146,10 @@ class Mmict(Method):
             batch.packed.to(device), fused=self.hub(*(part.to(device) for part in read))
         )
 
+    def calls(self, batch: MmictBatch) -> Mapping[str, int]:
+        """How many pictures the vision tower looks at."""
+        return {"pictures": len(batch.shown.pictures) if self.looks else 0}
+
     def save(self, folder: Path, about: Mapping[str, Any]) -> None:
         """Write the hub, and its tokenizer unless that is the backbone's."""
         super().save(folder, about)

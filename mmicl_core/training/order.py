@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from mmicl_core.errors import DataError
 
 Row = TypeVar("Row")
 
-__all__ = ["RowOrder", "share_of_worker"]
+__all__ = ["RowOrder", "micro_batches_of_step", "share_of_worker"]
 
 
 class RowOrder:
@@ -46,8 +46,26 @@ class RowOrder:
         return order
 
 
-def share_of_worker(rows: list[Row], rank: int, world_size: int, micro_batch: int) -> list[list[Row]]:
-    """The micro-batches of one worker: its even, contiguous share, cut into pieces of `micro_batch`."""
-    share = len(rows) // world_size
-    mine = rows[rank * share : (rank + 1) * share]
-    return [mine[start : start + micro_batch] for start in range(0, share, micro_batch)]
+def micro_batches_of_step(rows: int, world_size: int, micro_batch: int) -> int:
+    """How many micro-batches every worker takes in a step, so that none holds more than `micro_batch`
+    rows."""
+    return -(-rows // (world_size * micro_batch))
+
+
+def share_of_worker(rows: Sequence[Row], rank: int, world_size: int, micro_batch: int) -> list[list[Row]]:
+    """The micro-batches of one worker: its contiguous share, cut as evenly as can be.
+
+    Shares differ by one row where the workers do not divide the rows. All workers get as many micro-batches;
+    one may get an empty one, at its end.
+    """
+    count = micro_batches_of_step(len(rows), world_size, micro_batch)
+    mine = _slice(rows, rank, world_size)
+    return [list(_slice(mine, number, count)) for number in range(count)]
+
+
+def _slice(rows: Sequence[Row], number: int, count: int) -> Sequence[Row]:
+    """One of `count` contiguous slices; the first ones are longer by one where they do not divide the
+    rows."""
+    size, rest = divmod(len(rows), count)
+    start = number * size + min(number, rest)
+    return rows[start : start + size + (number < rest)]

@@ -54,7 +54,7 @@ ARRANGERS = ("pipelines.cli", "pipelines.quickstart")
 # Library -> where it may be imported.
 LIBRARY_HOMES = {
     "ray": ("pipelines", "cluster"),
-    "deepspeed": ("pipelines.zero3",),
+    "deepspeed": ("pipelines.shards", "pipelines.zero"),
     "transformers": (
         "mmicl_core.backbones",
         "mmicl_core.embedders",
@@ -71,6 +71,8 @@ LIBRARY_HOMES = {
     "httpcore": ("mmicl_core.data.network",),
     "protego": ("mmicl_core.data.courtesy",),
     "imagehash": ("mmicl_core.data.look",),
+    "wandb": ("pipelines.trackers",),
+    "mlflow": ("pipelines.trackers",),
 }
 
 
@@ -164,7 +166,7 @@ def test_settings_and_command_line_start_without_heavy_libraries(start):
 
 def test_environment_is_read_and_written_in_its_one_module():
     # Deepspeed chooses its accelerator on import, inside a worker that alone knows its devices.
-    homes = {"pipelines.environment", "pipelines.zero3"}
+    homes = {"pipelines.environment", "pipelines.zero"}
     users = {
         module
         for module, path in MODULES.items()

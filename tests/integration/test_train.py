@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from mmicl_core.backbones.hugging_face import load_backbone
 from mmicl_core.config.episodes import EpisodeConfig, ShotStage
 from mmicl_core.config.model import AimConfig, LclConfig, MethodConfig
 from mmicl_core.config.run import RunConfig
-from mmicl_core.config.train import TrainConfig
+from mmicl_core.config.train import CheckpointConfig, TrainConfig
 from mmicl_core.data.pictures import VISUAL
 from mmicl_core.data.store import ArrayStore, PictureStore
 from mmicl_core.errors import CheckpointError, find_mistake
@@ -26,12 +27,13 @@ from mmicl_core.methods import METHODS, build_method, load_method
 from mmicl_core.methods.adapter import read_about
 from mmicl_core.methods.base import Method
 from mmicl_core.prompts import Turn, demonstration_key
-from mmicl_core.training.checkpoint import load_state
+from mmicl_core.training.checkpoint import Checkpoints, load_state
 from pipelines.episodes import read_episodes
 from pipelines.feed import Feed
+from pipelines.journal import CHECKPOINT
 from pipelines.materials import prepare
 from pipelines.stages import Stage, read_manifest
-from pipelines.train import METRICS_FILE, RESULT, train
+from pipelines.train import METRICS_FILE, RESULT, train, training_stage
 from tests.fakes import reading, tiny_backbone, write_materials
 from tests.killer import Killer
 
@@ -78,7 +80,7 @@ def _run(
             warmup_steps=100,
             num_workers=workers,
             picture_variants=picture_variants,
-            checkpoint_every=STOPPED_AT,
+            checkpoints=CheckpointConfig(every=STOPPED_AT),
             log_every=1,
         ),
     )
@@ -100,12 +102,15 @@ def _losses(result: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
+def _without_training(uninterrupted: Path, root: Path) -> Path:
+    """A folder in which what training reads is there already; the training itself is not."""
+    shutil.copytree(uninterrupted.parent, root, ignore=shutil.ignore_patterns("train-*"))
+    return root
+
+
 def _stage(run: RunConfig, root: Path) -> Stage:
     """The stage that `train` will make for `run`."""
-    materials = prepare(run, root)
-    return Stage(
-        root, f"train-{run.method.type}", train=run.train, method=run.method, materials=materials.names()
-    )
+    return training_stage(run, prepare(run, root), root)[1]
 
 
 def test_parameters_lie_in_halves_on_two_workers(uninterrupted: Path, method: MethodConfig) -> None:
@@ -144,7 +149,8 @@ def test_trained_adapter_fits_its_model_and_says_what_was_trained(
     for name, tensor in _weights(uninterrupted).items():
         assert torch.equal(loaded.get_parameter(name), tensor)
     about = read_about(uninterrupted / RESULT)
-    assert about["metrics"] == {"steps": STEPS, "loss_first": losses[0], "loss_last": losses[-1]}
+    told = {"steps": STEPS, "loss_first": losses[0], "loss_last": losses[-1], "skipped": 0}
+    assert about["metrics"] == told
     assert (about["backbone"], about["backbone_name"]) == (backbone.identity, str(folder / "backbone"))
     assert about["settings"] == method.model_dump(mode="json")
 
@@ -156,17 +162,18 @@ def test_finished_training_is_reused_and_leaves_no_working_folder(
     with caplog.at_level("INFO", logger="mmicl"):
         again = train(_run(folder, method, STEPS, workers=2), folder / "run")
     partition = read_manifest(uninterrupted)["partition"]
-    held = f"{partition['shard_elements']} of the {partition['full_elements']} elements"
-    assert f"ZeRO stage 3: each of 2 workers holds {held}" in caplog.text
+    held = f"each holds {partition['shard_elements']} of the {partition['full_elements']} elements"
+    assert f"ZeRO stage 3 in fp32, 2 workers x 2 micro-batches of 1: {held}" in caplog.text
+    assert re.search(r"Peak memory of the workers: [\d,]+ MiB, [\d,]+ MiB; a checkpoint took", caplog.text)
     assert again.folder == uninterrupted
     assert (uninterrupted / METRICS_FILE).stat().st_mtime_ns == before
     assert not list((folder / "run").glob(f"{uninterrupted.name}.work"))
 
 
 def test_run_stopped_and_resumed_on_one_worker_ends_like_an_uninterrupted_one(
-    folder: Path, uninterrupted: Path, method: MethodConfig, monkeypatch: pytest.MonkeyPatch
+    folder: Path, uninterrupted: Path, method: MethodConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = folder / "run"
+    root = _without_training(uninterrupted, tmp_path / "resumed")
 
     def full(method: Method, result: Path, about: Mapping[str, Any]) -> None:
         raise OSError("no space left")
@@ -177,7 +184,8 @@ def test_run_stopped_and_resumed_on_one_worker_ends_like_an_uninterrupted_one(
         with pytest.raises(OSError, match="no space"):
             train(short, root)
     stopped = root / f"{_stage(short, root).folder.name}.work"
-    assert load_state(stopped / "checkpoint", _shapes(method)).step == STOPPED_AT
+    newest = Checkpoints(stopped / CHECKPOINT).newest()
+    assert newest is not None and load_state(newest, _shapes(method)).step == STOPPED_AT
     assert not _stage(short, root).complete
 
     # Settings name a run, so what the stopped one left is laid where the longer one looks for it.
@@ -199,9 +207,7 @@ def test_training_whose_worker_is_killed_says_so_and_ends_like_an_undisturbed_on
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    root, longer = tmp_path / "killed", 3 * STEPS
-    # What training reads is there already; the training itself is not.
-    shutil.copytree(uninterrupted.parent, root, ignore=shutil.ignore_patterns("train-*"))
+    root, longer = _without_training(uninterrupted, tmp_path / "killed"), 3 * STEPS
     killer = Killer(root, [STOPPED_AT + 2])
     killer.start()
     with caplog.at_level("INFO", logger="mmicl"):
@@ -259,7 +265,7 @@ def test_streamed_episodes_are_the_batches_of_written_ones_and_none_is_written(
         run = _run(folder, config, STEPS, workers=2, streamed=streamed, picture_variants=1)
         made[streamed] = prepare(run, folder / "run")
         feed = Feed(run, built, made[streamed])
-        batches = [batch for step in range(3) for batch in feed.micro_batches(step, 1, 2)]
+        batches = [micro.batch for step in range(3) for micro in feed.micro_batches(step, 1, 2)]
         losses[streamed] = torch.cat([built(batch) for batch in batches]).detach()
         assert not feed.replaced
     assert (made[True].episodes, made[True].features, made[True].states) == (None, None, None)

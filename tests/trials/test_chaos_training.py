@@ -15,7 +15,7 @@ import pytest
 from mmicl_core.config.episodes import EpisodeConfig, ShotStage
 from mmicl_core.config.model import AimConfig
 from mmicl_core.config.run import RunConfig
-from mmicl_core.config.train import TrainConfig
+from mmicl_core.config.train import CheckpointConfig, TrainConfig
 from pipelines.train import METRICS_FILE, train
 from tests.fakes import reading, write_materials
 from tests.killer import Killer
@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
             global_batch=4,
             micro_batch=2,
             learning_rate=0.01,
-            checkpoint_every=CHECKPOINT_EVERY,
+            checkpoints=CheckpointConfig(every=CHECKPOINT_EVERY),
             log_every=1,
         ),
     )

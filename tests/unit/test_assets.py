@@ -18,7 +18,7 @@ from safetensors import safe_open
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, load_backbone
 from mmicl_core.config.episodes import EpisodeConfig, ShotStage
-from mmicl_core.config.train import Condition
+from mmicl_core.config.evaluate import Condition
 from mmicl_core.data.images import decode
 from mmicl_core.data.pictures import VISUAL, PreparedPicture
 from mmicl_core.evaluation.metrics import names_exactly, names_only

@@ -79,7 +79,7 @@ def test_value_may_follow_an_equals_sign():
         (["--train.steps"], r"--train\.steps: expected one argument"),
         (["--train.ste", "3"], "did you mean"),
         (["--train.steps", "abc"], r"train\.steps: .*integer.*\(found 'abc'\)"),
-        (["--train.global_batch", "33"], r"global_batch \(33\) must be a multiple of num_workers \(2\)"),
+        (["--train.global_batch", "1"], r"global_batch \(1\) must be at least num_workers \(2\)"),
         (["--episodes.stages", "[{"], r"episodes\.stages.*`mmicl train --help`"),
         (["--evaluate.conditions", "{'a': 1}"], r"evaluate.*double quotes.*`mmicl train --help`"),
         (

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from mmicl_core.config.evaluate import ADAPTED
 from mmicl_core.config.model import AimConfig, LclConfig
 from mmicl_core.config.run import RunConfig, load_run
-from mmicl_core.config.train import ADAPTED
 from mmicl_core.errors import ConfigError
 
 
@@ -85,7 +85,26 @@ def test_mistake_in_an_override_names_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"train": {"global_batch": 33}}, r"global_batch \(33\) must be a multiple of num_workers \(2\)"),
+        ({"train": {"global_batch": 1}}, r"global_batch \(1\) must be at least num_workers \(2\)"),
+        ({"train": {"num_workers": {"min": 3, "max": 2}}}, r"min \(3\) is above max \(2\)"),
+        ({"train": {"num_workers": 0}}, "at least 1 worker has to train, not 0"),
+        (
+            {"train": {"zero": {"stage": 0, "offload_optimizer": "cpu"}}},
+            "'cpu' needs stage 1, but stage is 0",
+        ),
+        ({"train": {"zero": {"stage": 2, "offload_parameters": "cpu"}}}, "needs stage 3, but stage is 2"),
+        ({"train": {"zero": {"offload_optimizer": "nvme"}}}, "nvme_path is None: name a folder"),
+        ({"train": {"validation": {"part": "train"}}}, "'train', which is trained on"),
+        ({"train": {"validation": {"patience": 3}}}, "patience is 3, but every is None"),
+        ({"train": {"muon_learning_rate": 0.1, "zero": {"stage": 2}}}, "Muon trains under stage 3"),
+        (
+            {"method": {"type": "supcon"}, "train": {"validation": {"every": 5}}},
+            "of which method supcon has none",
+        ),
+        (
+            {"method": {"type": "supcon"}, "train": {"num_workers": {"min": 1, "max": 2}}},
+            r"num_workers is 1 to 2: set it to one number",
+        ),
         (
             {
                 "episodes": {

@@ -7,12 +7,22 @@ import torch
 
 from mmicl_core.errors import CheckpointError
 from mmicl_core.training import checkpoint
-from mmicl_core.training.checkpoint import Moments, TrainState, has_state, load_state, save_state
+from mmicl_core.training.checkpoint import Checkpoints, Moments, TrainState, load_state
 
 SHAPES = {"layer.weight": (3, 4), "layer.bias": (4,), "scale": ()}
 
 
-def _state(step: int = 7, seed: int = 0) -> TrainState:
+def _newest(folder: Path) -> Path:
+    newest = Checkpoints(folder).newest()
+    assert newest is not None
+    return newest
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _state(step: int = 7, seed: int = 0, **facts: object) -> TrainState:
     generator = torch.Generator().manual_seed(seed)
     parameters = {
         name: Moments(
@@ -21,11 +31,11 @@ def _state(step: int = 7, seed: int = 0) -> TrainState:
         )
         for name, shape in SHAPES.items()
     }
-    return TrainState(step, parameters)
+    return TrainState(step, parameters, facts)
 
 
 def _same(one: TrainState, other: TrainState) -> bool:
-    return one.step == other.step and all(
+    return (one.step, one.facts) == (other.step, other.facts) and all(
         torch.equal(moments.value, other.parameters[name].value)
         and moments.states.keys() == other.parameters[name].states.keys()
         and all(
@@ -37,15 +47,16 @@ def _same(one: TrainState, other: TrainState) -> bool:
 
 
 def test_checkpoint_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    save_state(tmp_path / "checkpoint", _state())
-    assert _same(load_state(tmp_path / "checkpoint", SHAPES), _state())
+    state = _state(rows=224, validation_loss=0.25)
+    Checkpoints(tmp_path / "checkpoint").save(state)
+    assert _same(load_state(_newest(tmp_path / "checkpoint"), SHAPES), state)
 
 
 def test_checkpoint_of_tensors_that_share_memory_or_are_transposed_is_read_back(tmp_path: Path) -> None:
     shared = torch.arange(12.0).reshape(4, 3).T
     state = TrainState(1, {"layer.weight": Moments(shared, {"exp_avg": shared})})
-    save_state(tmp_path / "checkpoint", state)
-    assert _same(load_state(tmp_path / "checkpoint", {"layer.weight": (3, 4)}), state)
+    Checkpoints(tmp_path / "checkpoint").save(state)
+    assert _same(load_state(_newest(tmp_path / "checkpoint"), {"layer.weight": (3, 4)}), state)
 
 
 @pytest.mark.parametrize(
@@ -59,15 +70,15 @@ def test_checkpoint_of_tensors_that_share_memory_or_are_transposed_is_read_back(
 def test_checkpoint_that_does_not_fit_names_the_first_mismatch(
     shapes: dict[str, tuple[int, ...]], message: str, tmp_path: Path
 ) -> None:
-    save_state(tmp_path / "checkpoint", _state())
+    Checkpoints(tmp_path / "checkpoint").save(_state())
     with pytest.raises(CheckpointError, match=message):
-        load_state(tmp_path / "checkpoint", shapes)
+        load_state(_newest(tmp_path / "checkpoint"), shapes)
 
 
 def test_a_crash_in_the_middle_of_saving_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_state(tmp_path / "checkpoint", _state(step=1))
+    Checkpoints(tmp_path / "checkpoint").save(_state(step=1))
     whole = checkpoint.save_file
 
     def crash(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -76,8 +87,8 @@ def test_a_crash_in_the_middle_of_saving_leaves_the_old_checkpoint(
 
     monkeypatch.setattr(checkpoint, "save_file", crash)
     with pytest.raises(OSError, match="no space"):
-        save_state(tmp_path / "checkpoint", _state(step=2, seed=1))
-    assert _same(load_state(tmp_path / "checkpoint", SHAPES), _state(step=1))
+        Checkpoints(tmp_path / "checkpoint").save(_state(step=2, seed=1))
+    assert _same(load_state(_newest(tmp_path / "checkpoint"), SHAPES), _state(step=1))
     assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step-00000001"]
 
 
@@ -85,19 +96,18 @@ def test_a_worker_killed_while_saving_leaves_the_old_checkpoint_and_the_next_rem
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "checkpoint"
-    save_state(folder, _state(step=1))
+    Checkpoints(folder).save(_state(step=1))
     (folder / ".step-00000002.abc").mkdir()
-    assert has_state(folder)
-    assert load_state(folder, SHAPES).step == 1
-    save_state(folder, _state(step=3, seed=1))
+    assert load_state(_newest(folder), SHAPES).step == 1
+    Checkpoints(folder).save(_state(step=3, seed=1))
     assert [path.name for path in folder.iterdir()] == ["step-00000003"]
-    assert _same(load_state(folder, SHAPES), _state(step=3, seed=1))
+    assert _same(load_state(_newest(folder), SHAPES), _state(step=3, seed=1))
 
 
 def test_folder_with_nothing_whole_in_it_holds_no_checkpoint(tmp_path: Path) -> None:
-    assert not has_state(tmp_path / "absent")
+    assert Checkpoints(tmp_path / "absent").newest() is None
     (tmp_path / ".step-00000002.abc").mkdir()
-    assert not has_state(tmp_path)
+    assert Checkpoints(tmp_path).newest() is Checkpoints(tmp_path).best() is None
 
 
 def test_a_torn_or_missing_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
@@ -105,8 +115,27 @@ def test_a_torn_or_missing_checkpoint_is_refused_by_name(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_state(folder, SHAPES)
     for name, content in (("state.safetensors", None), ("state.json", b"{"), ("state.json", b"{}")):
-        save_state(folder, _state())
+        Checkpoints(folder).save(_state())
         path = folder / "step-00000007" / name
         path.write_bytes(path.read_bytes()[:-20] if content is None else content)
         with pytest.raises(CheckpointError, match="cannot be read"):
-            load_state(folder, SHAPES)
+            load_state(_newest(folder), SHAPES)
+
+
+def test_newest_checkpoints_and_those_of_lowest_validation_loss_are_kept(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, keep_last=2, keep_best=1)
+    for step, loss in enumerate([0.9, 0.4, None, 0.4, 0.7, float("nan")], start=1):
+        kept.save(_state(step) if loss is None else _state(step, validation_loss=loss))
+    # Of two alike, the earlier one is the best.
+    assert _names(tmp_path) == ["step-00000002", "step-00000005", "step-00000006"]
+    best, newest = kept.best(), kept.newest()
+    assert best is not None and newest is not None
+    assert (best.name, newest.name) == ("step-00000002", "step-00000006")
+
+
+def test_without_validation_the_newest_checkpoint_is_the_best(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        kept.save(_state(step))
+    assert _names(tmp_path) == ["step-00000003"]
+    assert kept.best() == kept.newest()

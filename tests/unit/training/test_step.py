@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from mmicl_core.config.model import LclConfig
 from mmicl_core.data.pictures import PreparedPicture
+from mmicl_core.errors import DataError, TrainingError
 from mmicl_core.methods.lcl import Lcl
-from mmicl_core.training.step import StepMetrics, learning_rate, train_step
+from mmicl_core.training.step import MicroBatch, StepMetrics, mean_loss, train_step
 from tests.fakes import PlainEngine, draw_picture, episode_row, tiny_backbone
 
 PICTURES = [f"p{number}" for number in range(7)]
@@ -40,9 +42,11 @@ def _step(sizes: list[int]) -> tuple[StepMetrics, dict[str, Tensor]]:
     method = Lcl(tiny_backbone(), LclConfig())
     pictures = _prepared(method)
     rows = iter(_rows())
-    batches = [method.collate([next(rows) for _ in range(size)], pictures, None) for size in sizes]
-    engine = PlainEngine(method)
-    return train_step(engine, batches, 1e-3), dict(engine.gradients)
+    batches = [
+        MicroBatch(method.collate([next(rows) for _ in range(size)], pictures, None)) for size in sizes
+    ]
+    engine = PlainEngine(method, len(batches))
+    return train_step(engine, batches, [{}] * len(batches), 1.0), dict(engine.gradients)
 
 
 def test_gradient_is_equal_for_one_large_and_many_small_micro_batches() -> None:
@@ -66,47 +70,105 @@ def test_loss_is_the_mean_over_all_targets_and_not_over_micro_batches() -> None:
     assert metrics.loss == pytest.approx(float(nll.mean()), rel=1e-5)
 
 
+def test_a_micro_batch_that_keeps_step_with_others_counts_for_nothing() -> None:
+    method = Lcl(tiny_backbone(), LclConfig())
+    pictures, rows = _prepared(method), _rows()
+    counted = MicroBatch(method.collate(rows[:2], pictures, None))
+    beside = MicroBatch(method.collate(rows[2:3], pictures, None), counts=False)
+    alone, both = PlainEngine(method), PlainEngine(method, 2)
+    one = train_step(alone, [counted], [{}], 0.0)
+    two = train_step(both, [counted, beside], [{}, {}], 0.0)
+    assert (two.loss, two.targets, two.tokens) == (pytest.approx(one.loss), one.targets, one.tokens)
+    for name, gradient in alone.gradients.items():
+        torch.testing.assert_close(both.gradients[name], gradient, atol=1e-6, rtol=1e-4)
+
+
 class _TwoWorkers(PlainEngine):
-    """One of two workers, whose other half scored `targets` targets with a loss of `loss` each."""
+    """The first of two workers, beside another one that says `others`, exchange after exchange."""
 
     world_size = 2
+    spreads_parameters = True
 
-    def __init__(self, method: Lcl, targets: int, loss: float) -> None:
+    def __init__(self, method: Lcl, *others: Sequence[float]) -> None:
         super().__init__(method)
-        self._others = iter((float(targets), targets * loss))
+        self._others = iter(others)
 
-    def sum_over_workers(self, value: float) -> float:
-        return value + next(self._others)
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        return [list(values), list(next(self._others))]
+
+
+def _beside(calls: Mapping[str, int], *others: Sequence[float]) -> tuple[StepMetrics, StepMetrics, int]:
+    """The metrics of a step alone, and of the same beside another worker, with the targets of the first."""
+    method = Lcl(tiny_backbone(), LclConfig())
+    batch = MicroBatch(method.collate(_rows()[:2], _prepared(method), None))
+    first = train_step(PlainEngine(method), [batch], [calls], 0.0)
+    return first, train_step(_TwoWorkers(method, *others), [batch], [calls], 0.0), batch.scored
 
 
 def test_gradient_of_a_worker_is_weighted_by_the_targets_of_all_workers() -> None:
     method = Lcl(tiny_backbone(), LclConfig())
-    pictures = _prepared(method)
-    batch = method.collate(_rows()[:2], pictures, None)
-    mine = batch.num_scored
+    batch = MicroBatch(method.collate(_rows()[:2], _prepared(method), None))
+    mine = batch.scored
     alone = PlainEngine(method)
-    first = train_step(alone, [batch], 0.0)
-    beside = _TwoWorkers(method, targets=3 * mine, loss=1.0)
-    metrics = train_step(beside, [batch], 0.0)
+    first = train_step(alone, [batch], [{}], 0.0)
+    # The other half scored three times as many targets, with a loss of 1 each.
+    beside = _TwoWorkers(method, [3 * mine], [3 * mine, 40])
+    metrics = train_step(beside, [batch], [{}], 0.0)
     assert metrics.targets == 4 * mine
+    assert metrics.tokens == first.tokens + 40
     assert metrics.loss == pytest.approx((first.loss * mine + 3 * mine) / (4 * mine), rel=1e-5)
     for name, gradient in alone.gradients.items():
         # The engine will average over two workers; a quarter of all targets then weighs a quarter.
         torch.testing.assert_close(beside.gradients[name] / 2, gradient / 4, atol=1e-6, rtol=1e-3)
 
 
-def test_learning_rate_rises_to_the_peak_and_ends_at_a_hundredth() -> None:
-    rates = [learning_rate(step, 100, 10, 1.0) for step in range(101)]
-    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert max(rates) == rates[9] == rates[10] == 1.0
-    assert rates[100] == pytest.approx(0.01)
-    assert rates[55] == pytest.approx((1 + 0.01) / 2)
-    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
-    # The last step that is taken is one step of the cosine before its end.
-    assert rates[99] < 0.011
+def test_workers_that_would_call_different_modules_are_stopped_before_they_do() -> None:
+    with pytest.raises(TrainingError, match="worker 1 has no pictures where worker 0 has 5"):
+        _beside({"pictures": 5}, [7, 0])
+    with pytest.raises(TrainingError, match=r"worker 0 has no demonstrations .* worker 1 has 2"):
+        _beside({"pictures": 5, "demonstrations": 0}, [7, 3, 2])
+    # Whatever they look at, how much of it may differ.
+    first, beside, mine = _beside({"pictures": 5}, [7, 1], [0, 0])
+    assert beside.targets == first.targets + 7 == mine + 7
 
 
-def test_learning_rate_without_warmup_or_without_a_fall_stays_finite() -> None:
-    assert learning_rate(0, 10, 0, 1.0) == 1.0
-    assert learning_rate(4, 5, 5, 1.0) == 1.0
-    assert all(math.isfinite(learning_rate(step, 5, 50, 1.0)) for step in range(5))
+def test_a_step_of_another_number_of_micro_batches_than_was_agreed_is_refused() -> None:
+    method = Lcl(tiny_backbone(), LclConfig())
+    batch = MicroBatch(method.collate(_rows()[:2], _prepared(method), None))
+    with pytest.raises(TrainingError, match="1 micro-batches of a step in which every worker takes 2"):
+        train_step(PlainEngine(method, 2), [batch], [{}], 1.0)
+
+
+def test_a_step_without_anything_to_score_names_its_episodes() -> None:
+    method = Lcl(tiny_backbone(), LclConfig())
+    row = _rows()[0]
+    for turn in row["turns"]:
+        turn["scored"] = False
+    batch = MicroBatch(method.collate([row], _prepared(method), None), episodes=("3-17",))
+    with pytest.raises(DataError, match="no answer|an answer to score.*3-17"):
+        train_step(PlainEngine(method), [batch], [{}], 1.0)
+
+
+class _Infinite(Lcl):
+    def forward(self, batch: object) -> Tensor:
+        # Infinite, with a gradient that is not.
+        return super().forward(batch) + math.inf
+
+
+def test_an_infinite_loss_updates_nothing_and_names_its_episodes_even_where_its_gradient_is_finite() -> None:
+    method = _Infinite(tiny_backbone(), LclConfig())
+    batch = MicroBatch(method.collate(_rows()[:2], _prepared(method), None), episodes=("0-1", "0-2"))
+    before = {name: p.detach().clone() for name, p in method.trainable().items()}
+    metrics = train_step(PlainEngine(method), [batch], [{}], 1.0)
+    assert metrics.skipped and metrics.bad_episodes == ("0-1", "0-2")
+    assert all(torch.equal(p, before[name]) for name, p in method.trainable().items())
+
+
+def test_mean_loss_is_that_of_all_targets_of_all_steps_and_takes_no_gradient() -> None:
+    method = Lcl(tiny_backbone(), LclConfig())
+    pictures = _prepared(method)
+    batches = [MicroBatch(method.collate([row], pictures, None)) for row in _rows()]
+    nll = torch.cat([method(batch.batch).detach() for batch in batches])
+    steps = [([batches[0], batches[1]], [{}, {}]), (batches[2:], [{}] * 4)]
+    assert mean_loss(PlainEngine(method), steps) == pytest.approx(float(nll.mean()), rel=1e-5)
+    assert all(parameter.grad is None for parameter in method.parameters())

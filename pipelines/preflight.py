@@ -1,0 +1,70 @@
+"""What is looked at before anything is spent: where a run writes, and whether all of its machines see it."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mmicl_core.errors import ConfigError
+
+__all__ = ["check_output"]
+
+SHARED = "/mnt/shared, say, or whatever network filesystem all nodes mount"
+WAIT_SECONDS = 60
+
+
+def check_output(root: Path, needed_bytes: int) -> None:
+    """Make sure that a run can write to `root` from every node.
+
+    Args:
+        needed_bytes: what its checkpoints take.
+
+    Raises:
+        ConfigError: it is not writable, has too little room, or some node does not see it.
+    """
+    mark = root / f".visible-{uuid.uuid4().hex[:8]}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        mark.write_text("seen\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {root} cannot be written: {error}; name another folder") from error
+    try:
+        free = shutil.disk_usage(root).free
+        if free < needed_bytes:
+            raise ConfigError(
+                f"--output {root} has {free:,} bytes free, but the checkpoints of this run take "
+                f"{needed_bytes:,}: "
+                "make room, keep fewer (train.checkpoints.keep_last, keep_best), or name another folder"
+            )
+        _check_nodes(root, mark)
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def _check_nodes(root: Path, mark: Path) -> None:
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    if len(nodes) < 2:
+        return
+    look = ray.remote(_sees).options(num_cpus=0)
+    answers = {
+        node["NodeManagerAddress"]: look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(str(mark))
+        for node in nodes
+    }
+    blind = [address for address, answer in answers.items() if not ray.get(answer, timeout=WAIT_SECONDS)]
+    if blind:
+        raise ConfigError(
+            f"--output {root} is not the same folder on all {len(nodes)} nodes ({', '.join(blind)} does not "
+            "see "
+            f"what was written here): name one that all of them share, {SHARED}"
+        )
+
+
+def _sees(mark: str) -> bool:
+    # A network filesystem may serve an old listing of a folder until the folder is read again.
+    return Path(mark) in set(Path(mark).parent.iterdir())

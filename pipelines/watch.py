@@ -1,0 +1,169 @@
+"""What each worker of a training is doing, seen from outside: a stall is explained and ended.
+
+    worker --every second: step, module, pictures--> watch --nothing new for too long--> every worker ends
+
+Workers that wait for each other for ever cannot say so themselves; a thread beside the training can.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+import torch
+from torch import nn
+
+from mmicl_core.errors import MmiclError, TrainingError
+
+__all__ = ["Place", "Watch", "naming_the_worker", "start_watch", "watching"]
+
+BEAT_SECONDS = 1.0
+ENDED_BY_WATCH = 86
+LOST_PEER = ("gloo", "NCCL", "Connection closed", "Connection reset")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Where a worker is."""
+
+    rank: int
+    world_size: int
+    worker: str
+    """Names the process: a worker that comes back is another one."""
+    moves: int
+    """Grows with everything that it does."""
+    step: int
+    place: str
+    calls: Mapping[str, int]
+
+    def __str__(self) -> str:
+        with_what = ", ".join(f"{count} {name}" for name, count in self.calls.items()) or "nothing to look at"
+        return f"worker {self.rank}: step {self.step}, in {self.place}, with {with_what}"
+
+
+@ray.remote(num_cpus=0)
+class Watch:
+    """Gathers beats; kept by the driver of a training."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._beats: dict[int, Beat] = {}
+        self._since: dict[int, float] = {}
+        self._stall: str | None = None
+
+    def begin(self) -> None:
+        """Forget what was: a training starts, or goes on."""
+        self._beats, self._since, self._stall = {}, {}, None
+
+    def beat(self, beat: Beat) -> bool:
+        """Take a beat in; gives whether the worker shall go on."""
+        known = self._beats.get(beat.rank)
+        if known is None or (known.worker, known.moves) != (beat.worker, beat.moves):
+            self._since[beat.rank] = time.monotonic()
+        self._beats[beat.rank] = beat
+        for rank in [rank for rank in self._beats if rank >= beat.world_size]:
+            self.leave(rank)
+        self._look()
+        return self._stall is None
+
+    def leave(self, rank: int) -> None:
+        """A worker has ended, and may be silent."""
+        self._beats.pop(rank, None)
+        self._since.pop(rank, None)
+
+    def stall(self) -> str | None:
+        """What was found when the workers stalled; None while they do not."""
+        self._look()
+        return self._stall
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        silent = [rank for rank, since in self._since.items() if now - since > self._seconds]
+        if silent and self._stall is None:
+            where = "; ".join(str(self._beats[rank]) for rank in sorted(self._beats))
+            self._stall = (
+                f"worker {min(silent, key=self._since.__getitem__)} did nothing new for {self._seconds:g} s "
+                f"(train.stall_seconds). {where}"
+            )
+
+
+def start_watch(seconds: float) -> Any:
+    """A watch for one run, on this connection to Ray."""
+    return Watch.remote(seconds)  # type: ignore[attr-defined]
+
+
+@dataclass
+class Place:
+    """What this worker is doing, as its thread tells the watch."""
+
+    step: int = 0
+    name: str = "its start"
+    calls: Mapping[str, int] = field(default_factory=dict)
+    moves: int = 0
+
+    def at(self, name: str) -> None:
+        """Go on to a module, or to another part of a step."""
+        self.name = name
+        self.moves += 1
+
+
+@contextmanager
+def watching(watch: Any, rank: int, world_size: int, method: nn.Module, place: Place) -> Iterator[None]:
+    """Tell the watch where this worker is for as long as the block runs, down to the module of `method`."""
+    done = threading.Event()
+    names = {id(module): name for name, module in method.named_modules()}
+    about = Beat(rank, world_size, f"{os.uname().nodename}/{os.getpid()}/{time.time_ns()}", 0, 0, "", {})
+    thread = threading.Thread(target=_tell, args=(watch, about, place, done), daemon=True)
+
+    def entered(module: nn.Module, _: Any) -> None:
+        place.at(names.get(id(module)) or place.name)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(entered)
+    thread.start()
+    try:
+        yield
+    finally:
+        hook.remove()
+        done.set()
+        thread.join()
+
+
+def _tell(watch: Any, about: Beat, place: Place, done: threading.Event) -> None:
+    while not done.wait(BEAT_SECONDS):
+        beat = replace(about, moves=place.moves, step=place.step, place=place.name, calls=dict(place.calls))
+        try:
+            go_on = ray.get(watch.beat.remote(beat), timeout=30 * BEAT_SECONDS)
+        except ray.exceptions.RayError:
+            # The driver is gone, or cannot be reached; Ray ends its workers by itself.
+            continue
+        if not go_on and not done.is_set():
+            # It waits inside a collective, where no exception reaches it.
+            os._exit(ENDED_BY_WATCH)
+    watch.leave.remote(about.rank)
+
+
+@contextmanager
+def naming_the_worker(rank: int, place: Place) -> Iterator[None]:
+    """Say of every error which worker met it, in which step and where.
+
+    Raises:
+        TrainingError: for what a worker met by itself. That another one was lost is passed on as it is.
+    """
+    try:
+        yield
+    except MmiclError as error:
+        raise type(error)(f"{_where(rank, place)}: {error}") from error
+    except Exception as error:
+        if any(sign in str(error) for sign in LOST_PEER) or isinstance(error, OSError):
+            raise
+        raise TrainingError(f"{_where(rank, place)}: {type(error).__name__}: {error}") from error
+
+
+def _where(rank: int, place: Place) -> str:
+    return f"worker {rank}, step {place.step}, in {place.name}"
