@@ -186,10 +186,24 @@ def _show_episode(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    with _running(_parse_run("train", arguments)) as (run, output):
-        from pipelines.stages import read_manifest
-        from pipelines.train import train
+    own: Flags = {
+        "--plan": {"action": "store_true", "help": "say what training takes, and start nothing"},
+        "--gpus": {"metavar": "N", "type": positive, "help": "plan for so many GPUs that are not here"},
+        "--memory": {"metavar": "SIZE", "help": "of each of them, as in 80GB"},
+        "--tokens": {"metavar": "L", "type": positive, "help": "plan for prompts of so many tokens"},
+        "--dry-run": {"action": "store_true", "help": "take one step of it, and keep nothing"},
+    }
+    given = _parse_run("train", arguments, own)
+    if given.own["--plan"]:
+        from pipelines.planning import plan
 
+        return _print(plan(given.run, given.own["--gpus"], given.own["--memory"], given.own["--tokens"]))
+    with _running(given) as (run, output):
+        from pipelines.stages import read_manifest
+        from pipelines.train import train, try_out
+
+        if given.own["--dry-run"]:
+            return _print(try_out(run, output))
         stage = train(run, output)
         return _print({"folder": str(stage.folder)} | read_manifest(stage.folder))
 

@@ -87,5 +87,5 @@ def parse_run(
         reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
         raise ConfigError(f"{reason}; `mmicl {verb} --help` says what a setting takes") from error
     recipe = None if known.recipe is None else find_recipe(known.recipe)
-    values = {flag: getattr(known, flag.removeprefix("--")) for flag in own or {}}
+    values = {flag: getattr(known, flag.removeprefix("--").replace("-", "_")) for flag in own or {}}
     return RunArguments(load_run(recipe, overrides), known.output, known.verbose, values)

@@ -38,13 +38,13 @@ from pipelines.materials import Materials, prepare, prepare_held_out
 from pipelines.mirror import Mirror
 from pipelines.preflight import check_output
 from pipelines.progress import counting
-from pipelines.stages import Stage
+from pipelines.stages import Stage, read_manifest
 from pipelines.trackers import check_trackers
 from pipelines.watch import start_watch
 from pipelines.worker import Job, train_worker
 from pipelines.zero import EMA, shapes_of
 
-__all__ = ["METRICS_FILE", "RESULT", "train", "training_stage"]
+__all__ = ["METRICS_FILE", "RESULT", "train", "training_stage", "try_out"]
 
 log = logging.getLogger("mmicl")
 
@@ -88,6 +88,35 @@ def train(run: RunConfig, root: Path) -> Stage:
         _tell(manifest)
     shutil.rmtree(work, ignore_errors=True)
     return stage
+
+
+def try_out(run: RunConfig, root: Path) -> dict[str, Any]:
+    """Take one step: corpus, model and workers as they will be, as many episodes as the step needs, and
+    nothing kept of what it trained.
+
+    Raises:
+        ConfigError, DataError, BackboneError, TrainingError: what the whole run would meet at its start.
+    """
+    stage = run.episodes.stages[0].model_copy(update={"episodes": run.train.global_batch})
+    checked = {"episodes": min(run.train.validation.episodes, run.train.global_batch), "patience": None}
+    if run.train.validation.every is not None:
+        checked["every"] = 1
+    changes = {
+        "steps": 1,
+        "trackers": (),
+        "validation": run.train.validation.model_copy(update=checked),
+        "checkpoints": run.train.checkpoints.model_copy(update={"mirror": None}),
+    }
+    small = run.model_copy(
+        update={
+            "episodes": run.episodes.model_copy(update={"stages": (stage,), "preset": None}),
+            "train": run.train.model_copy(update=changes),
+        }
+    )
+    made = train(small, root)
+    manifest = read_manifest(made.folder)
+    shutil.rmtree(made.folder)
+    return manifest
 
 
 def training_stage(run: RunConfig, materials: Materials, root: Path) -> tuple[RunConfig, Stage]:

@@ -43,8 +43,8 @@ class Beat:
     calls: Mapping[str, int]
 
     def __str__(self) -> str:
-        with_what = ", ".join(f"{count} {name}" for name, count in self.calls.items()) or "nothing to look at"
-        return f"worker {self.rank}: step {self.step}, in {self.place}, with {with_what}"
+        seen = ", ".join(f"{count} {name}" for name, count in self.calls.items() if count)
+        return f"worker {self.rank}: step {self.step}, in {self.place}, with {seen or 'nothing to look at'}"
 
 
 @ray.remote(num_cpus=0)
@@ -135,16 +135,17 @@ def watching(watch: Any, rank: int, world_size: int, method: nn.Module, place: P
 
 
 def _tell(watch: Any, about: Beat, place: Place, done: threading.Event) -> None:
-    while not done.wait(BEAT_SECONDS):
+    while not done.is_set():
         beat = replace(about, moves=place.moves, step=place.step, place=place.name, calls=dict(place.calls))
         try:
             go_on = ray.get(watch.beat.remote(beat), timeout=30 * BEAT_SECONDS)
         except ray.exceptions.RayError:
             # The driver is gone, or cannot be reached; Ray ends its workers by itself.
-            continue
+            go_on = True
         if not go_on and not done.is_set():
             # It waits inside a collective, where no exception reaches it.
             os._exit(ENDED_BY_WATCH)
+        done.wait(BEAT_SECONDS)
     watch.leave.remote(about.rank)
 
 

@@ -147,9 +147,10 @@ class _Worker:
             line = {
                 "step": step + 1,
                 "learning_rate": rate_of_step(step, config) * config.learning_rate,
-                **vars(metrics),
+                **{name: value for name, value in vars(metrics).items() if value not in (False, ())},
                 "data_seconds": round(waited, 6),
                 "compute_seconds": round(computed, 6),
+                "workers": self.world_size,
                 "episodes_per_second": config.global_batch / seconds,
                 "tokens_per_second": metrics.tokens / seconds,
             }

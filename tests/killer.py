@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["Killer"]
+__all__ = ["Killer", "workers_of_training"]
 
 WORKER = "ray::RayTrainWorker"
 POLL_SECONDS = 0.02
@@ -24,7 +24,7 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         while self._steps:
-            if self._done() >= self._steps[0] and (workers := self._workers()):
+            if self._done() >= self._steps[0] and (workers := workers_of_training()):
                 workers[self.killed % len(workers)].kill()
                 self._steps.pop(0)
                 self.killed += 1
@@ -34,13 +34,14 @@ class Killer(threading.Thread):
         lines = [file.read_text(encoding="utf-8").count("\n") for file in self._root.glob("*.work/*.jsonl")]
         return max(lines, default=0)
 
-    @staticmethod
-    def _workers() -> list[psutil.Process]:
-        found = []
-        for process in psutil.Process().children(recursive=True):
-            try:
-                if process.cmdline()[:1] == [WORKER]:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+
+def workers_of_training() -> list[psutil.Process]:
+    """The processes below this one that train."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline()[:1] == [WORKER]:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmicl_core.config.base import Config
 
@@ -93,6 +93,12 @@ class MmictConfig(Config):
 
     start: str | None = None
     """Folder to start from: an adapter, or a BLIP-2 or InstructBLIP model whose Q-Former the hub becomes."""
+
+    @field_validator("demonstrations", mode="before")
+    @classmethod
+    def _nothing_is_none(cls, value: Any) -> Any:
+        # On the command line `none` is no value, of whatever setting.
+        return "none" if value is None else value
 
     @model_validator(mode="after")
     def _heads_share_the_width(self) -> Self:

@@ -172,8 +172,9 @@ def _memory_hazards(
     room = USABLE * hardware.device_bytes
     if chosen.loading > room:
         yield (
-            f"the whole model, {_size(chosen.loading)}, stands on every device before any stage spreads it, "
-            f"but there are {_size(hardware.device_bytes)}"
+            f"loading takes {_size(chosen.loading)} of every device, as only stage 3 spreads the model, but "
+            "there "
+            f"are {_size(hardware.device_bytes)}: set train.zero.stage to 3"
         )
     elif chosen.stage < 3 and chosen.held > room:
         yield (

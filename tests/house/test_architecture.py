@@ -60,6 +60,7 @@ LIBRARY_HOMES = {
         "mmicl_core.embedders",
         "mmicl_core.methods",
         "mmicl_core.data.embedding",
+        "pipelines.zero",
     ),
     "faiss": ("mmicl_core.data.concepts",),
     "peft": ("mmicl_core.methods.lora", "mmicl_core.methods.prompt_tuning"),

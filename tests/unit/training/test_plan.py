@@ -254,9 +254,14 @@ def test_aim_on_small_devices_is_told_to_spread_or_to_compute_again() -> None:
 
 
 def test_model_larger_than_any_device_fits_nowhere() -> None:
-    plan = planned("12GB")
-    assert plan.recommended is None and plan.advice.startswith("nothing fits in 12.0 GB")
-    assert any("stands on every device" in hazard for hazard in plan.hazards)
+    plan = planned("4GB")
+    assert plan.recommended is None and plan.advice.startswith("nothing fits in 4.0 GB")
+
+
+def test_model_larger_than_a_device_is_only_loaded_where_it_is_spread() -> None:
+    whole = planned("12GB", zero={"stage": 2})
+    assert any("only stage 3 spreads the model" in hazard for hazard in whole.hazards)
+    assert not any("only stage 3" in hazard for hazard in planned("12GB").hazards)
 
 
 def test_method_without_gradients_has_no_plan() -> None:
