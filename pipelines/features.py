@@ -17,14 +17,14 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image
 
-from mmicl_core.backbones.hugging_face import backbone_identity, load_for_inference
+from mmicl_core.backbones.hugging_face import backbone_identity, load_for_inference, outline_backbone
 from mmicl_core.backbones.vision import join
 from mmicl_core.config.model import AimConfig
 from mmicl_core.data.arrow_files import read_arrow
 from mmicl_core.data.augment import variant_key
 from mmicl_core.data.embedding import ImageTeacher
 from mmicl_core.data.images import decode
-from mmicl_core.data.pictures import PreparedPicture, change_version
+from mmicl_core.data.pictures import VISUAL, PreparedPicture, change_version
 from mmicl_core.data.store import STORE, store_columns
 from mmicl_core.methods.aim import Reader
 from mmicl_core.prompts import Turn
@@ -34,6 +34,7 @@ from pipelines.stages import Stage, read_manifest
 from pipelines.wanted import (
     KEY,
     Pick,
+    RowBytes,
     as_turn,
     catalogued_pictures,
     demonstrations,
@@ -44,6 +45,11 @@ from pipelines.wanted import (
 __all__ = ["encode_demonstrations", "encode_pictures", "teach_pictures"]
 
 ROWS_OF_A_BATCH = 64
+# Features are kept in 16 bits.
+HALF = 2
+USUAL_SIDE = 336
+# One embedding of a picture, as teachers give.
+TEACHER_BYTES = 4096
 
 Takes = Literal["visual_tokens", "tower_states"]
 Encode = Callable[[pa.Table], pa.RecordBatch]
@@ -73,7 +79,8 @@ def encode_pictures(
     )
     pool = Pool(_Encoder, (_PictureEncoder, backbone, described, takes, variants), gpu=True)
     wanted = partial(shown_pictures, queries_only=queries_only)
-    return _encode_turns(stage, "Encoding pictures", episodes, wanted, pool)
+    cost = partial(_picture_bytes, backbone, takes, variants)
+    return _encode_turns(stage, "Encoding pictures", episodes, wanted, pool, cost)
 
 
 def teach_pictures(described: Described, teacher: Path, side: int, catalogue: Stage, root: Path) -> Stage:
@@ -83,7 +90,14 @@ def teach_pictures(described: Described, teacher: Path, side: int, catalogue: St
     pool = Pool(_Encoder, (_Teacher, teacher, described, side), gpu=True)
     most = read_manifest(catalogue.folder)["kept"]
     return encode_parts(
-        stage, "Asking the teacher", catalogue, "pictures-*.arrow", catalogued_pictures, pool, most=most
+        stage,
+        "Asking the teacher",
+        catalogue,
+        "pictures-*.arrow",
+        catalogued_pictures,
+        pool,
+        most=most,
+        row_bytes=lambda _: TEACHER_BYTES,
     )
 
 
@@ -99,12 +113,36 @@ def encode_demonstrations(
         reads=[config.layer, config.text],
     )
     pool = Pool(_Encoder, (_DemonstrationReader, backbone, described, config), gpu=True)
-    return _encode_turns(stage, "Reading demonstrations", episodes, demonstrations, pool)
+    cost = partial(_demonstration_bytes, backbone, config)
+    return _encode_turns(stage, "Reading demonstrations", episodes, demonstrations, pool, cost)
 
 
-def _encode_turns(stage: Stage, title: str, episodes: Stage, pick: Pick, pool: Pool) -> Stage:
+def _encode_turns(
+    stage: Stage, title: str, episodes: Stage, pick: Pick, pool: Pool, row_bytes: RowBytes
+) -> Stage:
     turns = read_manifest(episodes.folder)["turns"]
-    return encode_parts(stage, title, episodes, "episodes-*.parquet", pick, pool, most=turns)
+    return encode_parts(
+        stage, title, episodes, "episodes-*.parquet", pick, pool, most=turns, row_bytes=row_bytes
+    )
+
+
+def _picture_bytes(backbone: Path, takes: Takes, variants: int, _: pa.Table) -> int:
+    """By a picture of the usual size; models that take any size make more of larger ones."""
+    outline = outline_backbone(backbone)
+    (prepared,) = outline.prepare([Image.new("RGB", (USUAL_SIDE, USUAL_SIDE), "grey")])
+    if takes == "visual_tokens":
+        return HALF * variants * outline.width * sum(token == VISUAL for token in prepared.ids)
+    pixels, side = prepared.inputs["pixel_values"], outline.model.config.vision_config.patch_size
+    in_rows = pixels.ndim == len(("patch", "value"))
+    patches = len(pixels) if in_rows else pixels.shape[-1] * pixels.shape[-2] // side**2
+    return HALF * variants * outline.vision_width * patches
+
+
+def _demonstration_bytes(backbone: Path, config: AimConfig, rows: pa.Table) -> int:
+    outline = outline_backbone(backbone)
+    reader = Reader(outline, config)
+    lengths = [reader.fused_tokens(turn) for turn in _as_turns(rows)]
+    return HALF * outline.width * -(-sum(lengths) // len(lengths))
 
 
 class _Encoder:

@@ -83,8 +83,8 @@ class Journal:
             good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
             raise TrainingError(
                 f"the checkpoint of step {state.step} cannot be written to {self._work}: {error}; {good}. "
-                "Make "
-                "room there, then start the same command again: it goes on from the last good checkpoint"
+                "Make room there, then start the same command again: it goes on from the last good "
+                "checkpoint"
             ) from error
         self._mirror.send(path)
         return path

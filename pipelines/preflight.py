@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mmicl_core.errors import ConfigError
 
-__all__ = ["check_output"]
+__all__ = ["check_output", "check_room"]
 
 SHARED = "/mnt/shared, say, or whatever network filesystem all nodes mount"
 WAIT_SECONDS = 60
@@ -33,16 +33,24 @@ def check_output(root: Path, needed_bytes: int) -> None:
     except OSError as error:
         raise ConfigError(f"--output {root} cannot be written: {error}; name another folder") from error
     try:
-        free = shutil.disk_usage(root).free
-        if free < needed_bytes:
-            raise ConfigError(
-                f"--output {root} has {free:,} bytes free, but the checkpoints of this run take "
-                f"{needed_bytes:,}: "
-                "make room, keep fewer (train.checkpoints.keep_last, keep_best), or name another folder"
-            )
+        check_room(root, needed_bytes, "what the checkpoints keep (train.checkpoints)")
         _check_nodes(root, mark)
     finally:
         mark.unlink(missing_ok=True)
+
+
+def check_room(folder: Path, needed_bytes: int, what: str) -> None:
+    """Make sure that a disk has room.
+
+    Raises:
+        ConfigError: it has less than `what` takes.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise ConfigError(
+            f"{folder} has {free:,} bytes free, but {what} takes {needed_bytes:,}: make room, or name "
+            "another --output"
+        )
 
 
 def _check_nodes(root: Path, mark: Path) -> None:
@@ -59,9 +67,8 @@ def _check_nodes(root: Path, mark: Path) -> None:
     blind = [address for address, answer in answers.items() if not ray.get(answer, timeout=WAIT_SECONDS)]
     if blind:
         raise ConfigError(
-            f"--output {root} is not the same folder on all {len(nodes)} nodes ({', '.join(blind)} does not "
-            "see "
-            f"what was written here): name one that all of them share, {SHARED}"
+            f"--output {root} is not the same folder on all {len(nodes)} nodes ({', '.join(blind)} sees "
+            f"nothing of what was written here): name one that all of them share, {SHARED}"
         )
 
 

@@ -216,13 +216,9 @@ def _for_page(run: RunConfig, metrics: Mapping[str, Any], engine: Mapping[str, A
 
 def _fit(job: Job) -> None:
     for tries_left in reversed(range(1 + job.run.train.max_failures)):
-        ray.get(job.watch.begin.remote())
         failure = _try_to_fit(job)
         if failure is None:
             return
-        stall = ray.get(job.watch.stall.remote())
-        if stall is not None:
-            raise TrainingError(stall) from failure
         # A mistake comes back at every try; a worker or a machine that was lost need not.
         if not tries_left or find_mistake(failure) is not None:
             raise failure
@@ -233,11 +229,13 @@ def _try_to_fit(job: Job) -> BaseException | None:
     failures: list[BaseException] = []
 
     def fit() -> None:
+        # The thread that waits looks into what is found here.
         try:
+            ray.get(job.watch.begin.remote())
             _trainer(job).fit()
         except BaseException as failure:
-            # The thread that waits looks into it.
-            failures.append(failure)
+            stall = ray.get(job.watch.stall.remote())
+            failures.append(failure if stall is None else TrainingError(stall))
 
     # Ray Train takes Ctrl-C over in the main thread, also for the time after training, and then waits
     # for what it stops; left to Python, Ctrl-C ends this program and with it everything that it started.

@@ -8,6 +8,7 @@ make these lists start in a moment.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -24,11 +25,13 @@ from mmicl_core.data.exchange import read_exchange, write_exchange
 from mmicl_core.prompts import Turn, demonstration_key
 from pipelines.catalogue import ROWS_OF_A_BUCKET
 from pipelines.parts import Counts, Pool, finish_parts, make_parts, reuse_finished
+from pipelines.preflight import check_room
 from pipelines.stages import Stage, read_manifest
 
 __all__ = [
     "KEY",
     "Pick",
+    "RowBytes",
     "as_turn",
     "catalogued_pictures",
     "demonstrations",
@@ -36,16 +39,29 @@ __all__ = [
     "shown_pictures",
 ]
 
+log = logging.getLogger("mmicl")
+
 # Enough to keep every worker busy; a kill costs no more than this.
 ROWS_OF_A_PART, MOST_PARTS = 256, 4096
+ROWS_OF_A_SAMPLE = 64
 KEY = "key"
 
 Pick = Callable[[Path], pa.Table]
 """A file -> what of it is to be encoded, each row under its `KEY`."""
+RowBytes = Callable[[pa.Table], int]
+"""Some of what is to be encoded -> the mean bytes that one of them takes when it is."""
 
 
 def encode_parts(
-    stage: Stage, title: str, source: Stage, files: str, pick: Pick, pool: Pool, *, most: int
+    stage: Stage,
+    title: str,
+    source: Stage,
+    files: str,
+    pick: Pick,
+    pool: Pool,
+    *,
+    most: int,
+    row_bytes: RowBytes,
 ) -> Stage:
     """Fill a stage with what a pool of processes makes of each thing that `pick` finds in `source`.
 
@@ -54,6 +70,10 @@ def encode_parts(
     Args:
         files: a glob of the files of `source` that `pick` looks into.
         most: how many things `pick` can find, those found twice counted twice.
+        row_bytes: what one thing will take on the disk, by a few of them; told before it is spent.
+
+    Raises:
+        ConfigError: all of them together have no room there.
     """
     if reuse_finished(stage):
         return stage
@@ -68,10 +88,21 @@ def encode_parts(
     lists = [{"name": f"wanted-in-{number:05d}", "bucket": number, "size": 1} for number in range(buckets)]
     gather = partial(_gather, partial_folder=folder)
     make_parts(stage, lists, gather, title="Listing what to encode", total=len(lists))
-    parts = list(_slices([folder / f"{part['name']}.arrow" for part in lists]))
+    files_of_lists = [folder / f"{part['name']}.arrow" for part in lists]
+    parts = list(_slices(files_of_lists))
+    _tell_cost(title, folder, files_of_lists, sum(part["size"] for part in parts), row_bytes)
     make_parts(stage, parts, pool, title=title, total=sum(part["size"] for part in parts))
     finish_parts(stage, [*given, *lists, *parts], drop="wanted-*")
     return stage
+
+
+def _tell_cost(title: str, folder: Path, lists: Sequence[Path], total: int, row_bytes: RowBytes) -> None:
+    if not total:
+        return
+    some = pa.concat_tables([read_arrow(file).slice(0, ROWS_OF_A_SAMPLE) for file in lists])
+    needed = row_bytes(some.slice(0, ROWS_OF_A_SAMPLE)) * total
+    log.info("%s: %s of them take about %s MiB", title, f"{total:,}", f"{needed / 2**20:,.1f}")
+    check_room(folder, needed, f"what {title[0].lower()}{title[1:]} keeps")
 
 
 def shown_pictures(file: Path, *, queries_only: bool) -> pa.Table:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +21,7 @@ from torch import nn
 
 from mmicl_core.errors import MmiclError, TrainingError
 
-__all__ = ["Place", "Watch", "naming_the_worker", "start_watch", "watching"]
+__all__ = ["Beat", "Place", "Watch", "naming_the_worker", "start_watch", "watching"]
 
 BEAT_SECONDS = 1.0
 ENDED_BY_WATCH = 86
@@ -47,12 +47,16 @@ class Beat:
         return f"worker {self.rank}: step {self.step}, in {self.place}, with {seen or 'nothing to look at'}"
 
 
-@ray.remote(num_cpus=0)
 class Watch:
-    """Gathers beats; kept by the driver of a training."""
+    """Gathers the beats of a training's workers.
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    Args:
+        seconds: without anything new from a worker after which they stall.
+        clock: tells the time, in seconds.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._clock = seconds, clock
         self._beats: dict[int, Beat] = {}
         self._since: dict[int, float] = {}
         self._stall: str | None = None
@@ -65,7 +69,7 @@ class Watch:
         """Take a beat in; gives whether the worker shall go on."""
         known = self._beats.get(beat.rank)
         if known is None or (known.worker, known.moves) != (beat.worker, beat.moves):
-            self._since[beat.rank] = time.monotonic()
+            self._since[beat.rank] = self._clock()
         self._beats[beat.rank] = beat
         for rank in [rank for rank in self._beats if rank >= beat.world_size]:
             self.leave(rank)
@@ -83,7 +87,7 @@ class Watch:
         return self._stall
 
     def _look(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         silent = [rank for rank, since in self._since.items() if now - since > self._seconds]
         if silent and self._stall is None:
             where = "; ".join(str(self._beats[rank]) for rank in sorted(self._beats))
@@ -95,7 +99,7 @@ class Watch:
 
 def start_watch(seconds: float) -> Any:
     """A watch for one run, on this connection to Ray."""
-    return Watch.remote(seconds)  # type: ignore[attr-defined]
+    return ray.remote(Watch).options(num_cpus=0).remote(seconds)
 
 
 @dataclass

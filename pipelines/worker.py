@@ -23,6 +23,7 @@ from mmicl_core.errors import TrainingError
 from mmicl_core.methods import build_method
 from mmicl_core.methods.base import Method
 from mmicl_core.training.checkpoint import load_state
+from mmicl_core.training.flops import arithmetic_of, peak_of_device
 from mmicl_core.training.schedule import rate_of_step
 from mmicl_core.training.step import MicroBatch, StepMetrics, mean_loss, train_step
 from pipelines.feed import Ahead, Feed
@@ -87,6 +88,8 @@ class _Worker:
         self.facts: dict[str, Any] = dict(state.facts) if state else {}
         place.at("deepspeed.initialize")
         self.engine = ZeroEngine(method, self.train_config, state)
+        self.arithmetic = arithmetic_of(method, recomputes=self.train_config.gradient_checkpointing)
+        self.peak = peak_of_device()
         self.feed = Feed(self.run, method, job.materials)
         self.held_out = Feed(job.held_out[0], method, job.held_out[1]) if job.held_out else None
         method.looks = self.feed.looks
@@ -144,19 +147,28 @@ class _Worker:
         config = self.train_config
         if metrics.skipped or step % config.log_every == 0 or step + 1 == config.steps:
             seconds = waited + computed
-            line = {
+            line: dict[str, Any] = {
                 "step": step + 1,
                 "learning_rate": rate_of_step(step, config) * config.learning_rate,
                 **{name: value for name, value in vars(metrics).items() if value not in (False, ())},
                 "data_seconds": round(waited, 6),
                 "compute_seconds": round(computed, 6),
                 "workers": self.world_size,
+                **self._speed(metrics, seconds),
                 "episodes_per_second": config.global_batch / seconds,
                 "tokens_per_second": metrics.tokens / seconds,
             }
             counted = {"replaced": self.feed.replaced, "cut": self.method.cut}
             line |= {name: dict(counts) for name, counts in counted.items() if counts}
             self.journal.note(line)
+
+    def _speed(self, metrics: StepMetrics, seconds: float) -> dict[str, float]:
+        """TFLOP/s of all workers, and their share of the peak where that is known."""
+        done = self.arithmetic.of(metrics.tokens, metrics.targets) / seconds
+        speed = {"tflops_per_second": done / 1e12}
+        if self.peak is not None:
+            speed["mfu"] = done / (self.peak * self.world_size)
+        return speed
 
     def _count_bad(self, metrics: StepMetrics, micro_batches: list[MicroBatch]) -> None:
         self.bad = self.bad + 1 if metrics.skipped else 0
@@ -166,10 +178,8 @@ class _Worker:
         named = metrics.bad_episodes or tuple(name for micro in micro_batches for name in micro.episodes)
         raise TrainingError(
             f"loss or gradient were not finite in {self.bad} steps in a row (train.bad_steps), each of "
-            "which was "
-            f"skipped; the last with episodes {', '.join(named)}. Look at them with `mmicl episodes show "
-            "ID`, or "
-            "lower train.learning_rate"
+            f"which was skipped; the last with episodes {', '.join(named)}. Look at them with `mmicl "
+            "episodes show ID`, or lower train.learning_rate"
         )
 
     def _after(self, step: int) -> None:

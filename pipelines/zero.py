@@ -108,10 +108,9 @@ def deepspeed_config(
     """
     if bf16 and train.zero.stage == 0:
         raise ConfigError(
-            "train.zero.stage is 0 and the model computes in bf16, of which deepspeed then keeps no 32-bit "
-            "sums: "
-            "set train.zero.stage to 1, which spreads the optimiser's states and is alike otherwise, or "
-            "train.precision to 'fp32'"
+            "train.zero.stage is 0 and the model computes in bf16, of which deepspeed then keeps no "
+            "32-bit sums: set train.zero.stage to 1, which spreads the optimiser's states and is alike "
+            "otherwise, or train.precision to 'fp32'"
         )
     with_muon = train.muon_learning_rate is not None
     return {

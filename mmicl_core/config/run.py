@@ -65,8 +65,7 @@ class RunConfig(Config):
         if self.train.validation.every is not None and self.method.type in ("supcon", "mtv"):
             raise ValueError(
                 f"train.validation measures the loss on episodes, of which method {self.method.type} has "
-                "none: set "
-                "train.validation.every to None"
+                "none: set train.validation.every to None"
             )
         return self
 

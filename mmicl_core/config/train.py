@@ -231,8 +231,7 @@ class TrainConfig(Config):
         if self.global_batch < most:
             raise ValueError(
                 f"global_batch ({self.global_batch}) must be at least num_workers ({most}): every worker "
-                "takes "
-                "its share of a step"
+                "takes its share of a step"
             )
         return self
 

@@ -172,9 +172,8 @@ def _memory_hazards(
     room = USABLE * hardware.device_bytes
     if chosen.loading > room:
         yield (
-            f"loading takes {_size(chosen.loading)} of every device, as only stage 3 spreads the model, but "
-            "there "
-            f"are {_size(hardware.device_bytes)}: set train.zero.stage to 3"
+            f"loading takes {_size(chosen.loading)} of every device, as only stage 3 spreads the model, "
+            f"but there are {_size(hardware.device_bytes)}: set train.zero.stage to 3"
         )
     elif chosen.stage < 3 and chosen.held > room:
         yield (

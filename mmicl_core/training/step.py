@@ -176,11 +176,10 @@ def _refuse_different_calls(by_rank: Sequence[Sequence[float]], calls: Sequence[
         if min(counts) == 0 < max(counts):
             none, some = counts.index(0), counts.index(max(counts))
             raise TrainingError(
-                f"micro-batch {number}: worker {none} has no {name} where worker {some} has {counts[some]}. "
-                "Under "
-                "ZeRO stage 3 all workers have to call the same modules, or they wait for each other for "
-                "ever: "
-                f"train on episodes that all have {name}, or set train.zero.stage to 2"
+                f"micro-batch {number}: worker {none} has no {name} where worker {some} has "
+                f"{counts[some]}. Under ZeRO stage 3 all workers have to call the same modules, or they "
+                f"wait for each other for ever: train on episodes that all have {name}, or set "
+                "train.zero.stage to 2"
             )
 
 

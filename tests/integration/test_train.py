@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmicl_core.backbones.hugging_face import load_backbone
-from mmicl_core.config.episodes import EpisodeConfig, ShotStage
+from mmicl_core.config.episodes import EpisodeConfig, KindConfig, ShotStage, TwoWayConfig
 from mmicl_core.config.model import AimConfig, LclConfig, MethodConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import CheckpointConfig, TrainConfig
@@ -293,6 +293,30 @@ def test_features_hold_both_versions_of_every_query_and_the_states_of_every_demo
         for turn in row["turns"][:-1]:
             key = demonstration_key(Turn((turn["picture"],), turn["question"], turn["answer"]))
             assert key in states
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "written"])
+def test_every_episode_of_a_pass_is_read_once_on_any_number_of_workers_and_from_any_step(
+    folder: Path, streamed: bool
+) -> None:
+    tasks = (TwoWayConfig(weight=2), KindConfig(demonstrations=2))
+    run = _run(folder, LCL, STEPS, workers=1, streamed=streamed)
+    run = run.model_copy(update={"episodes": run.episodes.model_copy(update={"tasks": tasks})})
+    materials, built = prepare(run, folder / "run"), build_method(tiny_backbone(), LCL)
+    # Twelve steps of four are eight passes over six episodes.
+    read: dict[int, list[str]] = {}
+    for world_size, first in ((1, 0), (2, 0), (3, 0), (2, 7)):
+        feed = Feed(run, built, materials)
+        read[world_size] = [] if not first else read[world_size][: first * 4]
+        for step in range(first, 12):
+            for rank in range(world_size):
+                shares = feed.micro_batches(step, rank, world_size)
+                read[world_size] += [name for share in shares if share.counts for name in share.episodes]
+    assert read[1] == read[2] == read[3]
+    assert len(set(read[1])) == 6
+    passes = [read[1][start : start + 6] for start in range(0, 48, 6)]
+    assert all(len(set(one)) == 6 for one in passes)
+    assert len({tuple(one) for one in passes}) > 1
 
 
 def _shapes(config: MethodConfig) -> dict[str, tuple[int, ...]]:

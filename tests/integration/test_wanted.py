@@ -56,6 +56,7 @@ def _encode(root: Path, episodes: Stage, most: int) -> tuple[Stage, list[str]]:
         demonstrations,
         Pool(_Lengths, ()),
         most=most,
+        row_bytes=lambda rows: 8 * (rows.num_rows > 0),
     )
     keys = [
         key for file in stage.folder.glob("*.arrow") for key in read_arrow(file).column("key").to_pylist()

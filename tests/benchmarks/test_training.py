@@ -1,0 +1,154 @@
+"""What training costs beside its arithmetic: waiting for data, DeepSpeed and Ray, checkpoints.
+
+    make bench
+
+Prints one JSON object each: the share of a step that waits for data; steps a second with kept states of
+demonstrations over without; with Ray Train and ZeRO-3 on one worker over a bare loop of torch; on two workers
+over one; and what a checkpoint took. All of it on nano, one thread a worker.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+from mmicl_core.backbones.hugging_face import load_backbone
+from mmicl_core.config.run import RunConfig, load_run
+from mmicl_core.methods import build_method
+from mmicl_core.training.step import MicroBatch
+from pipelines.arguments import RECIPES
+from pipelines.feed import Feed
+from pipelines.materials import Materials, prepare
+from pipelines.stages import read_manifest
+from pipelines.train import METRICS_FILE, train
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+STEPS, WARM = 40, 10
+DEMONSTRATIONS = 8
+
+
+def _run(**train: Any) -> RunConfig:
+    stage = {
+        "episodes": 512,
+        "min_shots_of_both_classes": DEMONSTRATIONS,
+        "max_shots_of_both_classes": DEMONSTRATIONS,
+    }
+    settings = {"steps": STEPS, "log_every": 1, "checkpoints": {"every": STEPS}, **train}
+    return load_run(RECIPES / "nano_4_aim.yaml", {"episodes": {"stages": [stage]}, "train": settings})
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("training")
+
+
+def _trained(run: RunConfig, root: Path, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The log after warming up, and the manifest, of a training in a folder of its own."""
+    folder = root / name
+    folder.mkdir()
+    for stage in root.glob("*-*"):
+        if stage.is_dir() and not stage.name.startswith("train-"):
+            (folder / stage.name).symlink_to(stage, target_is_directory=True)
+    result = train(run, folder).folder
+    lines = [json.loads(line) for line in (result / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    return lines[WARM:], read_manifest(result)
+
+
+def _seconds(lines: list[dict[str, Any]]) -> float:
+    return median(line["data_seconds"] + line["compute_seconds"] for line in lines)
+
+
+@pytest.fixture(scope="module")
+def materials(root: Path) -> Materials:
+    return prepare(_run(), root)
+
+
+@pytest.fixture(scope="module")
+def on_one(root: Path, materials: Materials) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    return _trained(_run(num_workers=1), root, "one")
+
+
+@pytest.fixture(scope="module")
+def on_two(root: Path, materials: Materials) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    return _trained(_run(num_workers=2), root, "two")
+
+
+def _bare(batches: list[list[MicroBatch]], method: Any) -> list[float]:
+    """Seconds of each step of a plain loop."""
+    torch.set_num_threads(1)
+    optimizer = torch.optim.AdamW(method.trainable().values(), betas=(0.9, 0.98))
+    seconds = []
+    for step in batches:
+        begun = time.perf_counter()
+        for micro in step:
+            (method(micro.batch).mean() / len(step)).backward()
+        torch.nn.utils.clip_grad_norm_(list(method.trainable().values()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+@pytest.mark.bench
+def test_steps_hardly_wait_for_their_data(on_two: tuple[list[dict[str, Any]], dict[str, Any]]) -> None:
+    lines, _ = on_two
+    waited = sum(line["data_seconds"] for line in lines)
+    share = waited / sum(line["data_seconds"] + line["compute_seconds"] for line in lines)
+    print(json.dumps({"share of a step that waits for data": round(share, 4)}))
+    assert share < 0.05
+
+
+@pytest.mark.bench
+def test_kept_states_of_demonstrations_make_steps_faster_by_a_ratio(materials: Materials) -> None:
+    run = _run()
+    method = build_method(load_backbone(materials.backbone), run.method)
+    feed = Feed(run, method, materials)
+    unkept = Feed(run, method, Materials(**{**vars(materials), "states": None, "features": None}))
+    method.looks = False
+    seconds = {}
+    for name, one in (("kept", feed), ("read in the step", unkept)):
+        batches = [one.micro_batches(step, 0, 1) for step in range(6)]
+        seconds[name] = median(_bare(batches, method)[1:])
+    ratio = seconds["read in the step"] / seconds["kept"]
+    print(json.dumps({"steps a second, kept states over states read": round(ratio, 2), "seconds": seconds}))
+    assert ratio > 3
+
+
+@pytest.mark.bench
+def test_ray_and_zero_cost_little_beside_a_bare_loop(
+    materials: Materials, on_one: tuple[list[dict[str, Any]], dict[str, Any]]
+) -> None:
+    run = _run()
+    method = build_method(load_backbone(materials.backbone), run.method)
+    feed = Feed(run, method, materials)
+    bare = median(_bare([feed.micro_batches(step, 0, 1) for step in range(STEPS)], method)[WARM:])
+    ratio = bare / _seconds(on_one[0])
+    print(json.dumps({"steps a second, Ray Train with ZeRO-3 over a bare loop": round(ratio, 3)}))
+    assert ratio > 0.85
+
+
+@pytest.mark.bench
+def test_two_workers_are_faster_than_one_by_a_ratio(
+    on_one: tuple[list[dict[str, Any]], dict[str, Any]], on_two: tuple[list[dict[str, Any]], dict[str, Any]]
+) -> None:
+    ratio = _seconds(on_one[0]) / _seconds(on_two[0])
+    print(json.dumps({"steps a second, two workers over one": round(ratio, 2)}))
+    assert ratio > 1.5
+
+
+@pytest.mark.bench
+def test_checkpoint_of_two_workers_gathers_only_what_is_trained(
+    on_two: tuple[list[dict[str, Any]], dict[str, Any]],
+) -> None:
+    _, manifest = on_two
+    cost = manifest["checkpoint"]
+    print(json.dumps({"checkpoint": cost, "trained": manifest["trained_parameters"]}))
+    assert cost["gathered"] == 3 * manifest["trained_parameters"]
+    assert cost["bytes"] < 13 * manifest["trained_parameters"] + 4096

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mmicl_core.errors import DataError, TrainingError
+from pipelines.watch import Beat, Place, Watch, naming_the_worker
+
+SECONDS = 10.0
+
+
+class _Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> _Clock:
+    return _Clock()
+
+
+@pytest.fixture
+def watch(clock: _Clock) -> Watch:
+    return Watch(SECONDS, clock)
+
+
+def _beat(rank: int, moves: int, worker: str = "") -> Beat:
+    return Beat(rank, 2, worker or f"node/{rank}", moves, moves // 10, f"layers.{rank}", {"pictures": rank})
+
+
+def test_workers_that_move_go_on_however_long_it_takes(watch: Watch, clock: _Clock) -> None:
+    for moves in range(100):
+        clock.now += 0.9 * SECONDS
+        assert watch.beat(_beat(0, moves)) and watch.beat(_beat(1, moves))
+    assert watch.stall() is None
+
+
+def test_worker_that_beats_without_moving_stalls_and_where_all_are_is_told(
+    watch: Watch, clock: _Clock
+) -> None:
+    watch.beat(_beat(0, 31))
+    watch.beat(_beat(1, 30))
+    clock.now += 0.6 * SECONDS
+    assert watch.beat(_beat(1, 31)) and watch.beat(_beat(0, 31))
+    clock.now += 0.6 * SECONDS
+    assert not watch.beat(_beat(1, 32))
+    assert watch.stall() == (
+        "worker 0 did nothing new for 10 s (train.stall_seconds). worker 0: step 3, in layers.0, with "
+        "nothing to look at; worker 1: step 3, in layers.1, with 1 pictures"
+    )
+
+
+def test_worker_that_says_nothing_any_more_stalls_too(watch: Watch, clock: _Clock) -> None:
+    watch.beat(_beat(0, 1))
+    clock.now += 1.1 * SECONDS
+    stall = watch.stall()
+    assert stall is not None and stall.startswith("worker 0 did nothing new")
+
+
+def test_worker_that_has_ended_may_be_silent(watch: Watch, clock: _Clock) -> None:
+    watch.beat(_beat(0, 1))
+    watch.leave(0)
+    clock.now += 2 * SECONDS
+    assert watch.stall() is None
+
+
+def test_workers_that_start_again_are_others_even_where_they_are_as_far(watch: Watch, clock: _Clock) -> None:
+    watch.beat(_beat(0, 5))
+    clock.now += 0.9 * SECONDS
+    assert watch.beat(_beat(0, 5, worker="node/other"))
+    clock.now += 0.9 * SECONDS
+    assert watch.stall() is None
+
+
+def test_workers_that_a_smaller_training_has_not_are_forgotten(watch: Watch, clock: _Clock) -> None:
+    watch.beat(_beat(1, 5))
+    clock.now += 0.9 * SECONDS
+    watch.beat(replace(_beat(0, 1), world_size=1))
+    clock.now += 0.9 * SECONDS
+    assert watch.stall() is None
+
+
+def test_watch_that_begins_again_knows_of_no_stall(watch: Watch, clock: _Clock) -> None:
+    watch.beat(_beat(0, 1))
+    clock.now += 2 * SECONDS
+    assert watch.stall()
+    watch.begin()
+    assert watch.stall() is None and watch.beat(_beat(0, 1))
+
+
+def test_error_says_which_worker_met_it_and_where_and_stays_of_its_kind() -> None:
+    place = Place()
+    place.step = 7
+    place.at("backbone.vision_tower")
+    torn = r"^worker 1, step 7, in backbone\.vision_tower: a\.jpg is torn$"
+    with pytest.raises(DataError, match=torn), naming_the_worker(1, place):
+        raise DataError("a.jpg is torn")
+    out = r"vision_tower: IndexError: out of range$"
+    with pytest.raises(TrainingError, match=out), naming_the_worker(1, place):
+        raise IndexError("out of range")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), ConnectionResetError()],
+)
+def test_loss_of_another_worker_is_no_mistake_of_this_one(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, naming_the_worker(0, Place()):
+        raise error
+    assert caught.value is error
