@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import Any, Generic, TypeVar
 
 from mmicl_core.config.run import RunConfig
@@ -23,6 +24,7 @@ from pipelines.pairs import open_corpus
 __all__ = ["Ahead", "Feed", "open_pictures"]
 
 Made = TypeVar("Made")
+COLLATING = Lock()
 
 
 def open_pictures(
@@ -99,7 +101,10 @@ class Feed:
         if pictures is None:
             # Not known before training, or changed by it: the method makes them, from pixels.
             pictures = self._pixels.look(turn for row in rows for turn in row.get("turns", ()))
-        batch: Batch = self._method.collate(rows, pictures, self._states)
+        # Tokenizers are not made for two threads at once, and validation does not wait for the next step's
+        # data.
+        with COLLATING:
+            batch: Batch = self._method.collate(rows, pictures, self._states)
         return batch
 
     def _row(self, number: int, visit: int) -> Mapping[str, Any]:

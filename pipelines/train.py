@@ -30,6 +30,7 @@ from mmicl_core.errors import TrainingError, find_mistake
 from mmicl_core.evaluation.training_report import write_training_page
 from mmicl_core.methods import build_method
 from mmicl_core.methods.adapter import CONFIG_FILE, adapter_identity
+from mmicl_core.methods.base import Method
 from mmicl_core.training.checkpoint import load_state
 from pipelines.environment import code_revision
 from pipelines.fit import fit
@@ -42,7 +43,7 @@ from pipelines.stages import Stage, read_manifest
 from pipelines.trackers import check_trackers
 from pipelines.watch import start_watch
 from pipelines.worker import Job, train_worker
-from pipelines.zero import EMA, shapes_of
+from pipelines.zero import EMA, deepspeed_config, shapes_of
 
 __all__ = ["METRICS_FILE", "RESULT", "train", "training_stage", "try_out"]
 
@@ -73,7 +74,9 @@ def train(run: RunConfig, root: Path) -> Stage:
         about = {"backbone_name": run.backbone.path, "code": code_revision()}
         if isinstance(run.method, MtvConfig):
             return fit(run, materials, folder / RESULT, about)
-        check_output(root, _checkpoint_bytes(run, materials))
+        outline = build_method(outline_backbone(materials.backbone), run.method)
+        check_output(root, _checkpoint_bytes(run.train, outline))
+        _announce(run.train, outline)
         work.mkdir(parents=True, exist_ok=True)
         config = run.train
         Mirror.of(config.checkpoints.mirror, work.name, checkpoints_in(work, config)).fetch()
@@ -151,11 +154,33 @@ def _tell(manifest: Mapping[str, Any]) -> None:
     )
 
 
-def _checkpoint_bytes(run: RunConfig, materials: Materials) -> int:
-    method = build_method(outline_backbone(materials.backbone), run.method)
-    trained = sum(parameter.numel() for parameter in method.trainable().values())
-    kept = run.train.checkpoints.keep_last + run.train.checkpoints.keep_best
-    return BYTES_OF_A_TRAINED_PARAMETER * trained * (kept + 1)
+def _announce(train: TrainConfig, outline: Method) -> None:
+    """Say what follows from the settings, before anything is computed."""
+    trained, every = _trained(outline), sum(parameter.numel() for parameter in outline.parameters())
+    fewest, most = train.worker_range
+    for workers in sorted({fewest, most}):
+        config = deepspeed_config(train, workers, bf16=False)
+        log.info(
+            "A step of %d on %d workers is %d micro-batches of at most %d each; ZeRO stage %d, trained %s "
+            "of %s "
+            "parameters",
+            train.global_batch,
+            workers,
+            config["gradient_accumulation_steps"],
+            config["train_micro_batch_size_per_gpu"],
+            config["zero_optimization"]["stage"],
+            f"{trained:,}",
+            f"{every:,}",
+        )
+
+
+def _checkpoint_bytes(train: TrainConfig, outline: Method) -> int:
+    kept = train.checkpoints.keep_last + train.checkpoints.keep_best
+    return BYTES_OF_A_TRAINED_PARAMETER * _trained(outline) * (kept + 1)
+
+
+def _trained(method: Method) -> int:
+    return sum(parameter.numel() for parameter in method.trainable().values())
 
 
 def _resolve_start(run: RunConfig) -> tuple[RunConfig, MethodConfig]:

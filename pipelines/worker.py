@@ -73,7 +73,10 @@ def _build(run: RunConfig, materials: Materials) -> Method:
         method = build_method(backbone, run.method)
     if run.train.gradient_checkpointing:
         backbone.checkpoint_gradients()
-    return method.to(get_device(), dtype)
+    for parameter in method.parameters():
+        # Not all of the module: sines and cosines of positions stay in 32 bits.
+        parameter.data = parameter.data.to(dtype)
+    return method.to(get_device())
 
 
 class _Worker:
