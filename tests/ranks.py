@@ -153,6 +153,12 @@ def gradient(folder: Path, case: Case) -> dict[str, Tensor]:
     }
 
 
+def tensors_of(folder: Path, case: Case) -> dict[str, Tensor]:
+    """The values and states in the checkpoint of a case."""
+    (checkpoint,) = (folder / case.name).iterdir()
+    return load_file(checkpoint / "state.safetensors")
+
+
 def _work(folder: Path) -> None:
     from pipelines.zero import ZeroEngine
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mmicl_core.training.step import StepMetrics, train_step
 from tests.fakes import PlainEngine
-from tests.ranks import EPISODES, Case, build, gradient, micro_batches, run_cases
+from tests.ranks import EPISODES, Case, build, gradient, micro_batches, run_cases, tensors_of
 
 CLIP = 1e9
 STAGES = (0, 1, 2, 3)
@@ -56,14 +56,15 @@ def test_gradient_is_that_of_plain_torch_under_every_stage_and_split(
 
 
 BEFORE, AFTER = 3, 2
+# The other stages, precisions and places resume among the trials.
 SPREAD = [
-    *(_case(f"fp32 {stage}", stage, 2) for stage in STAGES),
-    *(_case(f"bf16 {stage}", stage, 2, train={"precision": "bf16"}) for stage in STAGES[1:]),
+    _case("fp32 1", 1, 2),
+    _case("fp32 3", 3, 2),
+    _case("bf16 2", 2, 2, train={"precision": "bf16"}),
     _case("muon", 3, 2, train={"muon_learning_rate": 0.02}),
     _case("average", 3, 2, "aim", train={"ema": 0.9}),
-    _case("offloaded 2", 2, 2, "aim", train={"zero": {"stage": 2, "offload_optimizer": "cpu"}}),
     _case(
-        "offloaded 3",
+        "offloaded",
         3,
         2,
         "aim",
@@ -93,21 +94,14 @@ def _resumed(stopped: Path, folder: Path, workers: int, steps: int) -> dict[str,
     return run_cases(folder, cases, workers)
 
 
-def _tensors(folder: Path, case: Case) -> dict[str, torch.Tensor]:
-    (checkpoint,) = (folder / case.name).iterdir()
-    return load_file(checkpoint / "state.safetensors")
-
-
 def test_run_stopped_and_resumed_on_as_many_workers_is_the_same_to_the_bit(
     uninterrupted: tuple[Path, dict[str, list[StepMetrics]]], stopped: Path, tmp_path: Path
 ) -> None:
     folder, whole = uninterrupted
     resumed = _resumed(stopped, tmp_path, 2, AFTER)
     for case in SPREAD:
-        assert [vars(step) for step in resumed[case.name]] == [
-            vars(step) for step in whole[case.name][BEFORE:]
-        ], case.name
-        wanted, found = _tensors(folder, case), _tensors(tmp_path, case)
+        assert resumed[case.name] == whole[case.name][BEFORE:], case.name
+        wanted, found = tensors_of(folder, case), tensors_of(tmp_path, case)
         assert wanted.keys() == found.keys()
         different = [name for name in wanted if not torch.equal(wanted[name], found[name])]
         assert not different, (case.name, different)
@@ -130,7 +124,7 @@ def test_run_resumed_on_one_worker_and_then_on_two_goes_on_as_an_uninterrupted_o
 def test_bf16_keeps_32_bits_of_what_is_trained(stopped: Path) -> None:
     for case in SPREAD:
         if case.name.startswith("bf16"):
-            values = {n: t for n, t in _tensors(stopped, case).items() if n.startswith("value/")}
+            values = {n: t for n, t in tensors_of(stopped, case).items() if n.startswith("value/")}
             kept = [
                 name for name, value in values.items() if not torch.equal(value, value.bfloat16().float())
             ]
@@ -144,7 +138,7 @@ def test_checkpoint_gathers_what_is_trained_and_nothing_frozen(stopped: Path) ->
         gathered = int(load_file(stopped / f"{case.name}.count")["gathered"])
         # The value and two moments; Muon has one for what it trains; an average is gathered too.
         assert gathered <= (4 if case.name == "average" else 3) * trained
-        assert gathered == sum(tensor.numel() for tensor in _tensors(stopped, case).values())
+        assert gathered == sum(tensor.numel() for tensor in tensors_of(stopped, case).values())
 
 
 def test_layers_that_are_computed_again_give_the_same_gradient(
@@ -160,9 +154,9 @@ def test_layers_that_are_computed_again_give_the_same_gradient(
 def test_step_without_a_finite_loss_is_skipped_and_the_next_goes_on_from_where_it_was(
     workers: int, tmp_path: Path
 ) -> None:
-    broken = [_case(f"broken {stage}", stage, 2, broken="0-1", broken_at=1, steps=3) for stage in STAGES]
+    broken = [_case(f"broken {stage}", stage, 2, broken="0-1", broken_at=1, steps=3) for stage in (0, 1, 3)]
     # The step that is skipped is as if it had never been taken.
-    whole = [_case(f"whole {stage}", stage, 2, steps=2) for stage in STAGES]
+    whole = [_case(f"whole {stage}", stage, 2, steps=2) for stage in (0, 1, 3)]
     found = run_cases(tmp_path, [*broken, *whole], workers)
     for spoilt, clean in zip(broken, whole, strict=True):
         first, bad, last = found[spoilt.name]
