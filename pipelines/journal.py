@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from safetensors import SafetensorError
 
 from mmicl_core.config.train import TrainConfig
 from mmicl_core.data.files import write_atomic
@@ -55,8 +56,10 @@ class Journal:
         ray.get(counter.resume.remote(first))
 
     def describe(self, facts: Mapping[str, Any]) -> None:
-        """Keep what is known once the engine stands."""
-        write_atomic(self._work / ENGINE_FILE, json.dumps(facts, indent=1) + "\n")
+        """Keep what is known of the engine, beside what an earlier attempt found."""
+        path = self._work / ENGINE_FILE
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        write_atomic(path, json.dumps(known | dict(facts), indent=1) + "\n")
 
     def count(self, loss: float) -> None:
         """Show that a step is done."""
@@ -79,7 +82,7 @@ class Journal:
         last = self._checkpoints.newest()
         try:
             path = self._checkpoints.save(state)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
             raise TrainingError(
                 f"the checkpoint of step {state.step} cannot be written to {self._work}: {error}; {good}. "

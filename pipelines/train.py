@@ -256,8 +256,7 @@ def _try_to_fit(job: Job) -> BaseException | None:
     def fit() -> None:
         # The thread that waits looks into what is found here.
         try:
-            ray.get(job.watch.begin.remote())
-            _trainer(job).fit()
+            _trainer(job, ray.get(job.watch.begin.remote())).fit()
         except BaseException as failure:
             stall = ray.get(job.watch.stall.remote())
             failures.append(failure if stall is None else TrainingError(stall))
@@ -271,12 +270,12 @@ def _try_to_fit(job: Job) -> BaseException | None:
     return failures[0] if failures else None
 
 
-def _trainer(job: Job) -> TorchTrainer:
+def _trainer(job: Job, attempt: int) -> TorchTrainer:
     config = job.run.train
     gpus = ray.cluster_resources().get("GPU", 0) >= config.worker_range[0]
     return TorchTrainer(
         train_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "attempt": attempt},
         scaling_config=_scaling(config, gpus=gpus),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=ray.train.RunConfig(name="ray", storage_path=str(job.work)),

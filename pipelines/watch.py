@@ -32,6 +32,8 @@ LOST_PEER = ("gloo", "NCCL", "Connection closed", "Connection reset")
 class Beat:
     """Where a worker is."""
 
+    attempt: int
+    """Which start of the workers it belongs to."""
     rank: int
     world_size: int
     worker: str
@@ -60,13 +62,19 @@ class Watch:
         self._beats: dict[int, Beat] = {}
         self._since: dict[int, float] = {}
         self._stall: str | None = None
+        self._attempt = 0
 
-    def begin(self) -> None:
-        """Forget what was: a training starts, or goes on."""
+    def begin(self) -> int:
+        """Forget what was: a training starts, or goes on; gives the number of this attempt. Workers of an
+        earlier one, which may have outlived whoever started them, are told to end."""
         self._beats, self._since, self._stall = {}, {}, None
+        self._attempt += 1
+        return self._attempt
 
     def beat(self, beat: Beat) -> bool:
         """Take a beat in; gives whether the worker shall go on."""
+        if beat.attempt != self._attempt:
+            return False
         known = self._beats.get(beat.rank)
         if known is None or (known.worker, known.moves) != (beat.worker, beat.moves):
             self._since[beat.rank] = self._clock()
@@ -118,11 +126,15 @@ class Place:
 
 
 @contextmanager
-def watching(watch: Any, rank: int, world_size: int, method: nn.Module, place: Place) -> Iterator[None]:
+def watching(
+    watch: Any, attempt: int, rank: int, world_size: int, method: nn.Module, place: Place
+) -> Iterator[None]:
     """Tell the watch where this worker is for as long as the block runs, down to the module of `method`."""
     done = threading.Event()
     names = {id(module): name for name, module in method.named_modules()}
-    about = Beat(rank, world_size, f"{os.uname().nodename}/{os.getpid()}/{time.time_ns()}", 0, 0, "", {})
+    about = Beat(
+        attempt, rank, world_size, f"{os.uname().nodename}/{os.getpid()}/{time.time_ns()}", 0, 0, "", {}
+    )
     thread = threading.Thread(target=_tell, args=(watch, about, place, done), daemon=True)
 
     def entered(module: nn.Module, _: Any) -> None:
@@ -165,7 +177,7 @@ def naming_the_worker(rank: int, place: Place) -> Iterator[None]:
     except MmiclError as error:
         raise type(error)(f"{_where(rank, place)}: {error}") from error
     except Exception as error:
-        if any(sign in str(error) for sign in LOST_PEER) or isinstance(error, OSError):
+        if any(sign in str(error) for sign in LOST_PEER) or isinstance(error, ConnectionError):
             raise
         raise TrainingError(f"{_where(rank, place)}: {type(error).__name__}: {error}") from error
 

@@ -60,7 +60,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     place = Place()
     with naming_the_worker(rank, place):
         method = _build(job.run, job.materials)
-        with watching(job.watch, rank, world_size, method, place):
+        with watching(job.watch, settings["attempt"], rank, world_size, method, place):
             _Worker(job, method, rank, world_size, place).train()
 
 

@@ -22,7 +22,8 @@ here, and 2 P / N of 16-bit gradients, which travel in buckets; `estimate_zero3_
 
 **Passing**, of which only what is there at the same time counts:
 
-    loading      w P, as the whole model stands on every device; in stage 3, w P / N and the largest module
+    loading      w P, as the whole model stands on every device; in stage 3, w P / N and
+                 the largest matrix twice
     buckets      what gradients travel in: of all that is trained, at most 5e8 numbers; w bytes each, 4 in
                  stage 1; two where stages 1 and 2 overlap travel with work (GPUs)
     gathered     stage 3: the largest module, the prefetch bucket (5e7), and what is needed again within 1e9
@@ -294,7 +295,7 @@ def spread(
         gradients=0 if optimizer and stage == 3 else summed,
         moments=0 if optimizer else 8 * mine,
         average=0 if optimizer else average,
-        loading=width * (math.ceil(everything / share) + largest if stage == 3 else everything),
+        loading=width * (math.ceil(everything / share) + 2 * largest if stage == 3 else everything),
         buckets=bucket * twice,
         gathered=width * fetched,
         step=0 if optimizer else 4 * mine * rows,

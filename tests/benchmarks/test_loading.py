@@ -34,6 +34,9 @@ def _anonymous() -> int:
 
 def load(folder: str, stage: str) -> None:
     """Load as one worker, and print the most that it took."""
+    # Both ways import it, sooner or later.
+    import deepspeed  # noqa: F401
+
     from mmicl_core.backbones.hugging_face import load_backbone
     from mmicl_core.config.train import TrainConfig
     from pipelines.zero import loading_in_pieces
@@ -95,7 +98,10 @@ def test_worker_that_loads_in_pieces_never_holds_the_model_whole(tmp_path: Path)
     size = 4 * elements
     found = {name: _load_on_two(tmp_path, stage) for name, stage in STAGES.items()}
     peaks = {name: [one["most"] // MIB for one in told] for name, told in found.items()}
-    print(json.dumps({"model": size // MIB, "most anonymous memory of each worker": peaks}))
+    largest = 4 * max(p.numel() for p in backbone.parameters())
+    told = {"model": size // MIB, "its largest matrix": largest // MIB}
+    print(json.dumps(told | {"most anonymous memory of each worker": peaks}))
     first, second = found["in pieces"]
-    assert second["most"] < 0.75 * size
+    # Half of it, and the matrix that is just being spread: gathered, and as it arrives.
+    assert second["most"] < size / 2 + 2.5 * largest
     assert first["elements"] + second["elements"] < 1.01 * elements

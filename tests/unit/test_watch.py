@@ -24,11 +24,15 @@ def clock() -> _Clock:
 
 @pytest.fixture
 def watch(clock: _Clock) -> Watch:
-    return Watch(SECONDS, clock)
+    watch = Watch(SECONDS, clock)
+    assert watch.begin() == 1
+    return watch
 
 
 def _beat(rank: int, moves: int, worker: str = "") -> Beat:
-    return Beat(rank, 2, worker or f"node/{rank}", moves, moves // 10, f"layers.{rank}", {"pictures": rank})
+    return Beat(
+        1, rank, 2, worker or f"node/{rank}", moves, moves // 10, f"layers.{rank}", {"pictures": rank}
+    )
 
 
 def test_workers_that_move_go_on_however_long_it_takes(watch: Watch, clock: _Clock) -> None:
@@ -87,8 +91,15 @@ def test_watch_that_begins_again_knows_of_no_stall(watch: Watch, clock: _Clock) 
     watch.beat(_beat(0, 1))
     clock.now += 2 * SECONDS
     assert watch.stall()
+    assert watch.begin() == 2
+    assert watch.stall() is None and watch.beat(replace(_beat(0, 1), attempt=2))
+
+
+def test_worker_that_outlived_an_earlier_attempt_is_told_to_end(watch: Watch) -> None:
+    assert watch.beat(_beat(0, 1))
     watch.begin()
-    assert watch.stall() is None and watch.beat(_beat(0, 1))
+    assert not watch.beat(_beat(0, 2))
+    assert watch.beat(replace(_beat(0, 1), attempt=2))
 
 
 def test_error_says_which_worker_met_it_and_where_and_stays_of_its_kind() -> None:
