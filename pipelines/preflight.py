@@ -57,7 +57,7 @@ def _check_nodes(root: Path, mark: Path) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     if len(nodes) < 2:
         return
-    look = ray.remote(_sees).options(num_cpus=0)
+    look = ray.remote(num_cpus=0)(_sees)
     answers = {
         node["NodeManagerAddress"]: look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)

@@ -46,8 +46,9 @@ class _Answers:
         self.node = bytes.fromhex(getattr(scheduling_strategy, "node_id", "")).decode().rstrip("\0")
         return self
 
-    def remote(self, *given: object) -> object:
-        return self if callable(given[0]) else self.sees[self.node]
+    def remote(self, mark: str) -> bool:
+        assert Path(mark).exists()
+        return self.sees[self.node]
 
 
 @pytest.mark.parametrize("sees", [{"10.0.0.1": True}, {"10.0.0.1": True, "10.0.0.2": True}])
@@ -71,5 +72,5 @@ def test_folder_that_some_node_does_not_see_is_refused_by_its_address(
 def _on(sees: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     answers = _Answers(sees)
     monkeypatch.setattr("ray.nodes", answers.nodes)
-    monkeypatch.setattr("ray.remote", answers.remote)
+    monkeypatch.setattr("ray.remote", lambda **_: lambda _: answers)
     monkeypatch.setattr("ray.get", lambda answer, timeout: answer)
