@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-__all__ = ["Counter", "counting"]
+__all__ = ["Counter", "beside_the_driver", "counting"]
 
 log = logging.getLogger("mmicl")
 
@@ -105,7 +106,12 @@ def _take_counter() -> Any:
         if session == _session():
             ray.get(counter.resume.remote(0))
             return counter
-    return _Counter.remote()  # type: ignore[attr-defined]
+    return _Counter.options(scheduling_strategy=beside_the_driver()).remote()  # type: ignore[attr-defined]
+
+
+def beside_the_driver() -> NodeAffinitySchedulingStrategy:
+    """Where an actor is lost only with the driver that asks it, and not with some other machine."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _session() -> str:

@@ -205,8 +205,11 @@ def _collect(
     """Turn the best checkpoint, or the last where none is measured, into the result; gives what the manifest
     says of the run."""
     method = build_method(load_backbone(materials.backbone), run.method)
-    chosen = checkpoints_in(work, run.train).best()
-    assert chosen is not None, "training ends with a checkpoint"
+    kept = checkpoints_in(work, run.train)
+    newest, chosen = kept.newest(), kept.best()
+    assert newest is not None and chosen is not None, "training ends with a checkpoint"
+    last = load_state(newest, shapes_of(method))
+    assert last.step == run.train.steps or last.facts.get("stopped"), f"training ended at step {last.step}"
     state = load_state(chosen, shapes_of(method))
     with torch.no_grad():
         for name, parameter in method.trainable().items():
@@ -258,8 +261,7 @@ def _try_to_fit(job: Job) -> BaseException | None:
         try:
             _trainer(job, ray.get(job.watch.begin.remote())).fit()
         except BaseException as failure:
-            stall = ray.get(job.watch.stall.remote())
-            failures.append(failure if stall is None else TrainingError(stall))
+            failures.append(_explained(failure, job.watch))
 
     # Ray Train takes Ctrl-C over in the main thread, also for the time after training, and then waits
     # for what it stops; left to Python, Ctrl-C ends this program and with it everything that it started.
@@ -268,6 +270,15 @@ def _try_to_fit(job: Job) -> BaseException | None:
     thread.start()
     thread.join()
     return failures[0] if failures else None
+
+
+def _explained(failure: BaseException, watch: Any) -> BaseException:
+    """What the watch knows better, or the failure itself."""
+    try:
+        stall = ray.get(watch.stall.remote())
+    except ray.exceptions.RayError:
+        return failure
+    return failure if stall is None else TrainingError(stall)
 
 
 def _trainer(job: Job, attempt: int) -> TorchTrainer:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from mmicl_core.errors import MmiclError, TrainingError
+from pipelines.progress import beside_the_driver
 
 __all__ = ["Beat", "Place", "Watch", "naming_the_worker", "start_watch", "watching"]
 
@@ -107,7 +108,7 @@ class Watch:
 
 def start_watch(seconds: float) -> Any:
     """A watch for one run, on this connection to Ray."""
-    return ray.remote(Watch).options(num_cpus=0).remote(seconds)
+    return ray.remote(Watch).options(num_cpus=0, scheduling_strategy=beside_the_driver()).remote(seconds)
 
 
 @dataclass
