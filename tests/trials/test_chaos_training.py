@@ -257,7 +257,7 @@ def test_training_goes_on_with_fewer_workers_when_a_machine_is_lost_and_takes_it
     run, folder, cluster_of_two, tmp_path
 ):
     elastic = ElasticWorkers(min=1, max=2, look_every_seconds=1)
-    steps = 3000
+    steps = 2000
     train_config = run.train.model_copy(
         update={"num_workers": elastic, "steps": steps, "checkpoints": CheckpointConfig(every=10)}
     )
@@ -266,14 +266,16 @@ def test_training_goes_on_with_fewer_workers_when_a_machine_is_lost_and_takes_it
     stage = training_stage(run, prepare(run, tmp_path), tmp_path)[1]
     work = tmp_path / f"{stage.folder.name}.work"
 
-    def come_and_go() -> None:
-        _wait(work, 2)
-        cluster_of_two.remove_node(node, allow_graceful=False)
-        _wait(work, 1)
-        cluster_of_two.add_node(num_cpus=1)
-
-    threading.Thread(target=come_and_go, daemon=True).start()
-    result = train(run, tmp_path).folder
+    done = list[Path]()
+    training = threading.Thread(target=lambda: done.append(train(run, tmp_path).folder), daemon=True)
+    training.start()
+    # Ray starts and stops nodes in the main thread alone.
+    _wait(work, 2)
+    cluster_of_two.remove_node(node, allow_graceful=False)
+    _wait(work, 1)
+    cluster_of_two.add_node(num_cpus=1)
+    training.join()
+    (result,) = done
     rows = [json.loads(line) for line in (result / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     workers = [row["workers"] for row in rows]
