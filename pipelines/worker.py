@@ -5,6 +5,7 @@ build, restore --> [read ahead --> vote, forward, backward, update --> note] per
 
 from __future__ import annotations
 
+import math
 import random
 import resource
 import time
@@ -35,6 +36,8 @@ from pipelines.zero import ZeroEngine, at_hand, computes_in_bf16, loading_in_pie
 __all__ = ["Job", "train_worker"]
 
 KIB = 1024
+# Said of a step only if it was.
+WHERE_SKIPPED = ("skipped", "bad_episodes")
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,8 @@ class _Worker:
             line: dict[str, Any] = {
                 "step": step + 1,
                 "learning_rate": rate_of_step(step, config) * config.learning_rate,
-                **{name: value for name, value in vars(metrics).items() if value not in (False, ())},
+                **{name: value for name, value in vars(metrics).items() if name not in WHERE_SKIPPED},
+                **({name: getattr(metrics, name) for name in WHERE_SKIPPED} if metrics.skipped else {}),
                 "data_seconds": round(waited, 6),
                 "compute_seconds": round(computed, 6),
                 "workers": self.world_size,
@@ -201,7 +205,7 @@ class _Worker:
             batches = self.held_out.once(self.rank, self.world_size)
             loss = mean_loss(self.engine, ((micro, self._calls(micro)) for micro in batches))
         best = self.facts.get("best_loss")
-        is_better = best is None or loss < best
+        is_better = math.isfinite(loss) and (best is None or loss < best)
         self.facts |= {
             "validation_loss": loss,
             "best_loss": loss if is_better else best,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["Killer", "workers_of_training"]
+__all__ = ["WORKER", "Killer", "processes_called", "workers_of_training"]
 
 WORKER = "ray::RayTrainWorker"
 POLL_SECONDS = 0.02
@@ -37,10 +37,15 @@ class Killer(threading.Thread):
 
 def workers_of_training() -> list[psutil.Process]:
     """The processes below this one that train."""
+    return processes_called(WORKER)
+
+
+def processes_called(name: str) -> list[psutil.Process]:
+    """The processes below this one of that name."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if process.cmdline()[:1] == [WORKER]:
+            if process.cmdline()[:1] == [name]:
                 found.append(process)
         except psutil.Error:
             continue

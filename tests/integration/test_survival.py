@@ -19,8 +19,6 @@ from mmicl_core.config.model import AimConfig, LclConfig, MethodConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import CheckpointConfig, TrainConfig, ValidationConfig
 from mmicl_core.errors import ConfigError, DataError, MmiclError, TrainingError, find_mistake
-from mmicl_core.training.checkpoint import Checkpoints
-from pipelines.journal import CHECKPOINT
 from pipelines.materials import prepare
 from pipelines.stages import read_manifest
 from pipelines.train import METRICS_FILE, PAGE, train, training_stage, try_out
@@ -177,25 +175,6 @@ def test_worker_that_stalls_ends_training_with_where_every_worker_is(
     assert "worker 0: step" in told and "worker 1: step" in told
     assert "pictures" in told
     assert time.monotonic() - begun < 120
-
-
-def test_checkpoint_that_cannot_be_written_ends_training_and_names_the_last_good_one(
-    folder: Path, tmp_path: Path
-) -> None:
-    run = _run(folder, steps=8, checkpoints=CheckpointConfig(every=2))
-    work = _work(run, tmp_path)
-
-    def spoil() -> None:
-        # A file where the next checkpoint would go.
-        while not (work / CHECKPOINT / "step-00000002").exists():
-            time.sleep(0.01)
-        (work / CHECKPOINT / "step-00000008").mkdir()
-        (work / CHECKPOINT / "step-00000008" / "state.json").write_text("{", encoding="utf-8")
-
-    threading.Thread(target=spoil, daemon=True).start()
-    mistake = _mistake(run, tmp_path)
-    assert "cannot be" in str(mistake) and "step-0000000" in str(mistake)
-    assert Checkpoints(work / CHECKPOINT).newest() is not None
 
 
 def test_dry_run_takes_one_step_and_keeps_nothing_of_it(folder: Path, tmp_path: Path) -> None:

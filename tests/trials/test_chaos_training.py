@@ -35,7 +35,7 @@ from pipelines.stages import read_manifest
 from pipelines.train import METRICS_FILE, RESULT, train, training_stage
 from tests.commands import Command
 from tests.fakes import reading, write_materials
-from tests.killer import Killer, workers_of_training
+from tests.killer import WORKER, Killer, processes_called
 
 STEPS, CHECKPOINT_EVERY = 400, 20
 KILLS = 3
@@ -115,17 +115,6 @@ def test_training_whose_workers_are_killed_says_so_and_ends_like_an_undisturbed_
     _same(result, undisturbed)
 
 
-def _descendants(name: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline()[:1] == [name]:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def _kill_once(when: Callable[[], bool], victims: Callable[[], list[psutil.Process]]) -> threading.Thread:
     def work() -> None:
         deadline = time.monotonic() + LIMIT_SECONDS
@@ -140,29 +129,27 @@ def _kill_once(when: Callable[[], bool], victims: Callable[[], list[psutil.Proce
     return thread
 
 
-@pytest.mark.timeout(400)
-@pytest.mark.trial
-def test_training_whose_controller_is_killed_ends_like_an_undisturbed_one(run, undisturbed, tmp_path):
-    root = _untrained(undisturbed, tmp_path / "killed")
-    work = root / f"{undisturbed.name}.work"
-    killer = _kill_once(lambda: len(_lines(work)) > STEPS // 4, lambda: _descendants(CONTROLLER))
-    result = train(run, root).folder
-    assert not killer.is_alive()
-    _same(result, undisturbed)
+def _quarter_done(work: Path) -> bool:
+    return len(_lines(work)) > STEPS // 4
+
+
+def _writes_checkpoint(work: Path) -> bool:
+    return any((work / CHECKPOINT).glob(".step-*"))
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.trial
-def test_training_killed_while_it_writes_a_checkpoint_ends_like_an_undisturbed_one(
-    run, undisturbed, tmp_path
+@pytest.mark.parametrize(
+    ("victim", "when"),
+    [(CONTROLLER, _quarter_done), (WORKER, _writes_checkpoint)],
+    ids=["controller", "worker that writes a checkpoint"],
+)
+def test_training_of_which_a_part_is_killed_ends_like_an_undisturbed_one(
+    run, undisturbed, tmp_path, victim, when
 ):
     root = _untrained(undisturbed, tmp_path / "killed")
-    checkpoints = root / f"{undisturbed.name}.work" / CHECKPOINT
-
-    def writing() -> bool:
-        return any(checkpoints.glob(".step-*"))
-
-    killer = _kill_once(writing, workers_of_training)
+    work = root / f"{undisturbed.name}.work"
+    killer = _kill_once(lambda: when(work), lambda: processes_called(victim))
     result = train(run, root).folder
     assert not killer.is_alive()
     _same(result, undisturbed)
