@@ -51,8 +51,8 @@ log = logging.getLogger("mmicl")
 
 RESULT = "result"
 PAGE = "training.html"
-# Value and two moments in 32 bits, and what is written anew beside what it replaces.
-BYTES_OF_A_TRAINED_PARAMETER = 12
+# Of a value, its two moments and its average; one checkpoint is written anew beside those that are kept.
+BYTES_OF_A_NUMBER = 4
 
 
 def train(run: RunConfig, root: Path) -> Stage:
@@ -161,9 +161,8 @@ def _announce(train: TrainConfig, outline: Method) -> None:
     for workers in sorted({fewest, most}):
         config = deepspeed_config(train, workers, bf16=False)
         log.info(
-            "A step of %d on %d workers is %d micro-batches of at most %d each; ZeRO stage %d, trained %s "
-            "of %s "
-            "parameters",
+            "A step of %d on %d workers is %d micro-batches of at most %d each; ZeRO stage %d, trained %s of "
+            "%s parameters",
             train.global_batch,
             workers,
             config["gradient_accumulation_steps"],
@@ -176,7 +175,8 @@ def _announce(train: TrainConfig, outline: Method) -> None:
 
 def _checkpoint_bytes(train: TrainConfig, outline: Method) -> int:
     kept = train.checkpoints.keep_last + train.checkpoints.keep_best
-    return BYTES_OF_A_TRAINED_PARAMETER * _trained(outline) * (kept + 1)
+    numbers = 3 if train.ema is None else 4
+    return BYTES_OF_A_NUMBER * numbers * _trained(outline) * (kept + 1)
 
 
 def _trained(method: Method) -> int:
@@ -208,9 +208,9 @@ def _collect(
     kept = checkpoints_in(work, run.train)
     newest, chosen = kept.newest(), kept.best()
     assert newest is not None and chosen is not None, "training ends with a checkpoint"
-    last = load_state(newest, shapes_of(method))
-    assert last.step == run.train.steps or last.facts.get("stopped"), f"training ended at step {last.step}"
     state = load_state(chosen, shapes_of(method))
+    last = state if newest == chosen else load_state(newest, shapes_of(method))
+    assert last.step == run.train.steps or last.facts.get("stopped"), f"training ended at step {last.step}"
     with torch.no_grad():
         for name, parameter in method.trainable().items():
             moments = state.parameters[name]
