@@ -244,7 +244,7 @@ def test_training_goes_on_with_fewer_workers_when_a_machine_is_lost_and_takes_it
     run, folder, cluster_of_two, tmp_path
 ):
     elastic = ElasticWorkers(min=1, max=2, look_every_seconds=1)
-    steps = 2000
+    steps = 900
     train_config = run.train.model_copy(
         update={"num_workers": elastic, "steps": steps, "checkpoints": CheckpointConfig(every=10)}
     )
