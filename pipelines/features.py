@@ -24,7 +24,7 @@ from mmicl_core.data.arrow_files import read_arrow
 from mmicl_core.data.augment import variant_key
 from mmicl_core.data.embedding import ImageTeacher
 from mmicl_core.data.images import decode
-from mmicl_core.data.pictures import VISUAL, PreparedPicture, change_version
+from mmicl_core.data.pictures import VISUAL, PreparedPicture, change_version, usual_picture
 from mmicl_core.data.store import STORE, store_columns
 from mmicl_core.methods.aim import Reader
 from mmicl_core.prompts import Turn
@@ -47,7 +47,6 @@ __all__ = ["encode_demonstrations", "encode_pictures", "teach_pictures"]
 ROWS_OF_A_BATCH = 64
 # Features are kept in 16 bits.
 HALF = 2
-USUAL_SIDE = 336
 # One embedding of a picture, as teachers give.
 TEACHER_BYTES = 4096
 
@@ -129,12 +128,11 @@ def _encode_turns(
 def _picture_bytes(backbone: Path, takes: Takes, variants: int, _: pa.Table) -> int:
     """By a picture of the usual size; models that take any size make more of larger ones."""
     outline = outline_backbone(backbone)
-    (prepared,) = outline.prepare([Image.new("RGB", (USUAL_SIDE, USUAL_SIDE), "grey")])
+    (prepared,) = outline.prepare([usual_picture()])
     if takes == "visual_tokens":
         return HALF * variants * outline.width * sum(token == VISUAL for token in prepared.ids)
     pixels, side = prepared.inputs["pixel_values"], outline.model.config.vision_config.patch_size
-    in_rows = pixels.ndim == len(("patch", "value"))
-    patches = len(pixels) if in_rows else pixels.shape[-1] * pixels.shape[-2] // side**2
+    patches = prepared.patches_in_rows or pixels.shape[-1] * pixels.shape[-2] // side**2
     return HALF * variants * outline.vision_width * patches
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
-
-from PIL import Image
 
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import outline_backbone
 from mmicl_core.config.run import RunConfig
-from mmicl_core.data.pictures import PreparedPicture
+from mmicl_core.data.pictures import usual_picture
 from mmicl_core.data.tasks.caption import NAME_QUESTION
 from mmicl_core.errors import ConfigError
 from mmicl_core.methods import build_method
 from mmicl_core.methods.base import Method
 from mmicl_core.training.hardware import Hardware
+from mmicl_core.training.memory import PromptShape
 from mmicl_core.training.plan import make_plan
 from pipelines.materials import NEW_NANO
 
@@ -24,8 +23,7 @@ __all__ = ["plan"]
 
 log = logging.getLogger("mmicl")
 
-# A picture and a name of the usual size; what a corpus really holds is known once it is read.
-SIDE = 336
+# Of the usual length; what a corpus really holds is known once it is read.
 NAME = "golden retriever"
 
 
@@ -51,38 +49,24 @@ def plan(run: RunConfig, gpus: int | None, memory: str | None, tokens: int | Non
     method = build_method(outline_backbone(resolve(run.backbone.path)), run.method)
     workers = run.train.worker_range[1]
     hardware = Hardware.here(workers) if gpus is None or memory is None else Hardware.described(gpus, memory)
-    length, scored, pictures, patches = _longest_prompt(run, method)
-    made = make_plan(
-        method,
-        run.train,
-        hardware,
-        tokens=tokens or length,
-        scored=scored,
-        pictures=pictures,
-        patches=patches,
-    )
+    longest = _longest_prompt(run, method)
+    if tokens is not None:
+        longest = replace(longest, tokens=tokens)
+    made = make_plan(method, run.train, hardware, longest)
     for line in made.lines():
         log.info("%s", line)
     return made.as_json()
 
 
-def _longest_prompt(run: RunConfig, method: Method) -> tuple[int, int, int, int | None]:
-    """Tokens, scored tokens and pictures of a prompt with as many demonstrations as the run draws, and the
-    positions of one picture in a tower that takes any size."""
+def _longest_prompt(run: RunConfig, method: Method) -> PromptShape:
+    """With as many demonstrations as the run draws."""
     shots = max(stage.max_shots_of_both_classes for stage in run.episodes.stages)
-    (prepared,) = method.backbone.prepare([Image.new("RGB", (SIDE, SIDE), "grey")])
+    (prepared,) = method.backbone.prepare([usual_picture()])
     turns = [
         {"picture": "it", "question": NAME_QUESTION, "answer": NAME, "scored": number == shots}
         for number in range(shots + 1)
     ]
     row = {"turns": turns, "shots_of_both_classes": shots}
     batch = method.collate([row], {"it": prepared}, None)
-    packed = batch.packed
     seen = len(batch.pictures) if hasattr(batch, "pictures") else 1
-    return packed.ids_BL.shape[1], batch.num_scored, seen, _patches([prepared])
-
-
-def _patches(pictures: Sequence[PreparedPicture]) -> int | None:
-    pixels = pictures[0].inputs.get("pixel_values")
-    # Towers that take any size are handed patches in a row, (patches, values of one).
-    return len(pixels) if pixels is not None and pixels.ndim == len(("patch", "value")) else None
+    return PromptShape(batch.packed.ids_BL.shape[1], batch.num_scored, seen, prepared.patches_in_rows)

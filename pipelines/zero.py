@@ -197,7 +197,8 @@ class ZeroEngine:
         self.micro_batches = int(self.config["gradient_accumulation_steps"])
         self._device = method.backbone.device
         if state is not None:
-            self._begin_with(state)
+            # Before deepspeed makes its copies: set afterwards, those of 16 bits would stay stale.
+            self._exchange({name: moments.value for name, moments in state.parameters.items()})
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=method,
             model_parameters=_groups(self._parameters, roles_of(method), train),
@@ -239,12 +240,15 @@ class ZeroEngine:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Without dropout for as long as the block runs."""
+        """Without dropout, and with the average where the result is one, for as long as the block runs.
+        Collective."""
         self._engine.eval()
-        try:
-            yield
-        finally:
-            self._engine.train()
+        averages = {name: self._shards.gather_tensor(name, piece) for name, piece in self._ema.items()}
+        trained = self._exchange(averages)
+        yield
+        # Not in a `finally`: a worker that fails alone would wait for the others, who never come.
+        self._exchange(trained)
+        self._engine.train()
 
     def _step_spread(self) -> float:
         self._engine.step()
@@ -308,21 +312,24 @@ class ZeroEngine:
 
     @property
     def gathered_elements(self) -> int:
-        """How many elements were put together for checkpoints so far."""
+        """How many elements were put together for checkpoints and averages so far."""
         return self._shards.gathered_elements
 
     @torch.no_grad()
-    def _begin_with(self, state: TrainState) -> None:
-        """Values go in before deepspeed makes its copies: set afterwards, those of 16 bits would stay
-        stale."""
+    def _exchange(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put whole values where the model computes with them, and nowhere else; gives what was there.
+        Collective."""
         import deepspeed
 
-        for name, moments in state.parameters.items():
+        before = {}
+        for name, value in values.items():
             parameter = self._parameters[name]
             spread = hasattr(parameter, "ds_id")
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=spread):
+                before[name] = parameter.detach().clone()
                 if self.rank == 0 or not spread:
-                    parameter.copy_(moments.value)
+                    parameter.copy_(value)
+        return before
 
     def _restore(self, state: TrainState) -> None:
         self._shards.begin_states(self._kinds, state.step)

@@ -2,7 +2,8 @@
 
     python -m tests.ranks FOLDER          with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
 
-FOLDER/cases.json holds the cases; the first rank writes FOLDER/NAME.safetensors and FOLDER/losses.json.
+FOLDER/cases.json holds the cases; the first rank writes FOLDER/NAME, FOLDER/NAME.count and
+FOLDER/metrics.json.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mmicl_core.methods.base import Method
 from mmicl_core.methods.lcl import Lcl
 from mmicl_core.training.checkpoint import Checkpoints, load_state
 from mmicl_core.training.order import share_of_worker
-from mmicl_core.training.step import MicroBatch, StepMetrics, train_step
+from mmicl_core.training.step import MicroBatch, StepMetrics, mean_loss, train_step
 from tests.fakes import draw_picture, episode_row, tiny_backbone
 
 PICTURES = [f"p{number}" for number in range(7)]
@@ -51,6 +52,8 @@ class Case:
     start: str = ""
     """Folder of the checkpoints to go on from."""
     recompute: bool = False
+    validated: bool = False
+    """Whether the loss is measured after each step."""
     broken: str = ""
     """The episode whose loss is infinite, with a gradient of 0, at the step `broken_at`."""
     broken_at: int = -1
@@ -174,21 +177,27 @@ def _work(folder: Path) -> None:
         engine = ZeroEngine(method, config, state)
         method.looks = True
         batches = micro_batches(method, engine.rank, engine.world_size, config.micro_batch)
-        metrics = []
+        metrics, losses = [], []
         for step in range(first, first + case.steps):
             method.infinite = [
                 micro.batch for micro in batches if step == case.broken_at and case.broken in micro.episodes
             ]
             calls = [method.calls(micro.batch) for micro in batches]
             metrics.append(vars(train_step(engine, batches, calls, 1.0)))
+            if case.validated:
+                with engine.evaluating():
+                    losses.append(mean_loss(engine, [(batches, calls)]))
         state = engine.state({"rows": EPISODES * (first + case.steps)}, first + case.steps)
         if engine.rank == 0:
             assert state is not None
             Checkpoints(folder / case.name).save(state)
-            save_file({"gathered": torch.tensor(engine.gathered_elements)}, folder / f"{case.name}.count")
+            counted = {"gathered": torch.tensor(engine.gathered_elements), "losses": torch.tensor(losses)}
+            save_file(counted, folder / f"{case.name}.count")
         told[case.name] = metrics
     if engine.rank == 0:
         (folder / "metrics.json").write_text(json.dumps(told), encoding="utf-8")
+    # Left to the interpreter's end, gloo's threads may outlive what they work for.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

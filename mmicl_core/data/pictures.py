@@ -16,11 +16,12 @@ from mmicl_core.data.images import decode
 from mmicl_core.data.storage import PictureReader
 from mmicl_core.errors import ConfigError
 
-__all__ = ["VISUAL", "PixelStore", "PreparedPicture", "change_version", "images_of"]
+__all__ = ["VISUAL", "PixelStore", "PreparedPicture", "change_version", "images_of", "usual_picture"]
 
 MOST_BYTES = 2 << 30
 VISUAL = -1
-PIXELS, PIXEL_AXES = "pixel_values", 4
+USUAL_SIDE = 336
+PIXELS, PIXEL_AXES, PATCH_AXES = "pixel_values", 4, 2
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,18 @@ class PreparedPicture:
     def nbytes(self) -> int:
         """Memory of what the vision part reads."""
         return sum(tensor.nbytes for tensor in self.inputs.values())
+
+    @property
+    def patches_in_rows(self) -> int | None:
+        """How many patches it was cut into, where the vision part is handed them one by one, (P, values of
+        one), as towers are that take any size."""
+        pixels = self.inputs.get(PIXELS)
+        return len(pixels) if pixels is not None and pixels.ndim == PATCH_AXES else None
+
+
+def usual_picture() -> Image.Image:
+    """A picture of the usual size, to count by what is not known yet of a corpus."""
+    return Image.new("RGB", (USUAL_SIDE, USUAL_SIDE), "grey")
 
 
 def images_of(episodes: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

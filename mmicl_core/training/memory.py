@@ -53,6 +53,7 @@ from mmicl_core.training.hardware import Hardware, casts, compute_width, micro_b
 __all__ = [
     "Activations",
     "Block",
+    "PromptShape",
     "Role",
     "States",
     "activations",
@@ -113,6 +114,20 @@ class States:
         """As a line of the plan says it."""
         outside = ["optimizer"] * self.offload_optimizer + ["parameters"] * self.offload_parameters
         return f"stage {self.stage}" + (f", {' and '.join(outside)} on the host" if outside else "")
+
+
+@dataclass(frozen=True)
+class PromptShape:
+    """What the longest prompt is made of."""
+
+    tokens: int
+    """L, its positions."""
+    scored: int
+    """Answer tokens."""
+    pictures: int = 1
+    """That it shows; matters where they come as pixels."""
+    patches: int | None = None
+    """Positions of one picture in the vision tower; None takes the square that it is made for."""
 
 
 @dataclass(frozen=True)
@@ -303,16 +318,7 @@ def spread(
     )
 
 
-def activations(
-    method: Method,
-    train: TrainConfig,
-    hardware: Hardware,
-    *,
-    tokens: int,
-    scored: int,
-    pictures: int = 1,
-    patches: int | None = None,
-) -> Activations:
+def activations(method: Method, train: TrainConfig, hardware: Hardware, prompt: PromptShape) -> Activations:
     """What one micro-batch takes, all prompts as long as the longest.
 
     Counted: each block (`Block`); with gradient checkpointing only what enters it, and one block again on the
@@ -327,28 +333,33 @@ def activations(
     width, batch = 2 if cast else stored, micro_batch_of(train, hardware.workers)
     padded = batch > 1 or backbone.family.attends != "causal"
     behind = any(role.trained for role in count_roles(method) if role.name != "head")
-    vision, looking = _vision(method, train, width, batch * pictures, patches)
-    beside = stored * batch * tokens * _beside(method)
+    vision, looking = _vision(method, train, width, batch * prompt.pictures, prompt.patches)
+    beside = stored * batch * prompt.tokens * _beside(method)
     if method.reads == "pictures" or not behind:
         return Activations(0, vision, beside, looking)
     config, blocks = backbone.text_config, len(backbone.layers)
     block, stream, heads = read_block(backbone.layers[0]), backbone.width, int(config.num_attention_heads)
-    shape: dict[str, Any] = {"heads": heads, "length": tokens, "attention": train.attention, "padded": padded}
+    shape: dict[str, Any] = {
+        "heads": heads,
+        "length": prompt.tokens,
+        "attention": train.attention,
+        "padded": padded,
+    }
     each = block.token_bytes(width, **shape)
     kept = stored * stream if train.gradient_checkpointing else each
     rest, turns = _around_blocks(backbone.language_model)
     around = rest.token_bytes(width, heads=0, length=0, attention="sdpa", padded=False)
     around += 2 * stored * block.queries // heads if turns else 0
-    language = batch * tokens * (blocks * kept + around)
+    language = batch * prompt.tokens * (blocks * kept + around)
     if backbone.family.decoder is not None:
-        crossing = 2 * width * block.keys * tokens
-        language += batch * blocks * (crossing + 3 * scored * each // 2)
+        crossing = 2 * width * block.keys * prompt.tokens
+        language += batch * blocks * (crossing + 3 * prompt.scored * each // 2)
     if cast:
         matrices = (part for part in backbone.language_model.modules() if isinstance(part, nn.Linear))
         language += 2 * sum(part.weight.numel() for part in matrices)
     again = each if train.gradient_checkpointing else 0
-    passing = batch * tokens * (again + block.backward_bytes(width, stream))
-    scores = 12 * batch * scored * int(config.vocab_size)
+    passing = batch * prompt.tokens * (again + block.backward_bytes(width, stream))
+    scores = 12 * batch * prompt.scored * int(config.vocab_size)
     return Activations(language, vision, beside, max(passing, scores, looking))
 
 

@@ -17,6 +17,7 @@ from mmicl_core.methods.base import Method
 from mmicl_core.training.hardware import Hardware, casts, compute_width, micro_batch_of
 from mmicl_core.training.memory import (
     Activations,
+    PromptShape,
     Role,
     States,
     activations,
@@ -100,33 +101,21 @@ class Plan:
         return f"{mark} {row.name:<46}" + "".join(f"{_size(size):>10}" for size in sizes) + fits
 
 
-def make_plan(
-    method: Method,
-    train: TrainConfig,
-    hardware: Hardware,
-    *,
-    tokens: int,
-    scored: int,
-    pictures: int = 1,
-    patches: int | None = None,
-) -> Plan:
+def make_plan(method: Method, train: TrainConfig, hardware: Hardware, prompt: PromptShape) -> Plan:
     """What training `method` takes of each worker.
 
     Args:
         method: around `outline_backbone`.
-        tokens: L of the longest prompt.
-        scored: answer tokens of one prompt.
-        pictures: that one prompt shows; matters where they come as pixels.
-        patches: positions of one picture in the vision tower; None takes the square that it is made for.
+        prompt: the longest.
 
     Raises:
-        ConfigError: nothing takes a gradient, or the tower takes pictures of any size and `patches` is None.
+        ConfigError: nothing takes a gradient, or the tower takes pictures of any size and the prompt does not
+            say how many patches one has.
     """
     roles = count_roles(method)
     if not any(role.trained for role in roles):
         raise ConfigError("the method is fitted without gradients, in one task: there is nothing to plan")
-    shape: dict[str, Any] = {"tokens": tokens, "scored": scored, "pictures": pictures, "patches": patches}
-    working = activations(method, train, hardware, **shape)
+    working = activations(method, train, hardware, prompt)
     rows = tuple(_ways(method, train, hardware))
     zero = train.zero
     optimizer, parameters = zero.offload_optimizer is not None, zero.offload_parameters is not None
@@ -143,10 +132,10 @@ def make_plan(
         chosen,
         (
             *_memory_hazards(method, train, hardware, working, chosen),
-            *_other_hazards(method, train, hardware, tokens),
+            *_other_hazards(method, train, hardware, prompt.tokens),
         ),
         fitting,
-        _advice(method, train, hardware, chosen, fitting, shape),
+        _advice(method, train, hardware, chosen, fitting, prompt),
     )
 
 
@@ -237,7 +226,7 @@ def _advice(
     hardware: Hardware,
     chosen: States,
     fitting: States | None,
-    shape: dict[str, Any],
+    prompt: PromptShape,
 ) -> str:
     if fitting is not None:
         what = "as it is set" if fitting == chosen else f"instead of {chosen.name}"
@@ -245,7 +234,7 @@ def _advice(
     tries = ({"gradient_checkpointing": True}, {"gradient_checkpointing": True, "micro_batch": 1})
     for changes in tries:
         other = train.model_copy(update=changes)
-        working = activations(method, other, hardware, **shape).total
+        working = activations(method, other, hardware, prompt).total
         rows = _ways(method, other, hardware)
         fitting = next((row for row in rows if fits_in(row, working, hardware)), None)
         if fitting is not None:
@@ -253,7 +242,7 @@ def _advice(
             return f"nothing fits as it is set; {fitting.name} does with {told}"
     return (
         f"nothing fits in {_size(hardware.device_bytes)} for each worker, not even one prompt of "
-        f"{shape['tokens']} tokens at a time with checkpointing: take larger devices, or shorter prompts"
+        f"{prompt.tokens} tokens at a time with checkpointing: take larger devices, or shorter prompts"
     )
 
 

@@ -30,7 +30,7 @@ from mmicl_core.config.train import TrainConfig
 from mmicl_core.methods import build_method
 from mmicl_core.methods.aim import Aim, AimBatch, Demonstrations
 from mmicl_core.training.hardware import Hardware
-from mmicl_core.training.memory import activations, spread
+from mmicl_core.training.memory import PromptShape, activations, spread
 from tests.benchmarks.corpora import machine
 from tests.fakes import random_pictures, tiny_backbone
 from tests.methods import answered
@@ -110,7 +110,7 @@ def train(name: str) -> None:
     settings = TrainConfig(micro_batch=episodes, global_batch=episodes, num_workers=1)
     alone = Hardware("one process", 1, "cpu", 2**40, None)
     tokens, scored = batch.packed.ids_BL.shape[1], batch.num_scored // episodes
-    working = activations(method, settings, alone, tokens=tokens, scored=scored)
+    working = activations(method, settings, alone, PromptShape(tokens, scored))
     states = spread(method, settings, alone, 0, optimizer=False, parameters=False)
     predicted = states.held + max(working.total, states.step)
     print(json.dumps({"tokens": tokens, "predicted": predicted, "measured": measured}))

@@ -20,7 +20,7 @@ from mmicl_core.errors import ConfigError
 from mmicl_core.methods import build_method
 from mmicl_core.methods.base import Method
 from mmicl_core.training.hardware import Hardware
-from mmicl_core.training.memory import States, activations, count_roles, read_block, spread
+from mmicl_core.training.memory import PromptShape, States, activations, count_roles, read_block, spread
 from mmicl_core.training.plan import Plan, make_plan
 from pipelines.arguments import RECIPES
 from tests.fakes import random_pictures, tiny_backbone
@@ -78,7 +78,7 @@ def read_and_count(backbone: HuggingFaceBackbone) -> int:
 
 
 def language_bytes(method: Method, train: TrainConfig) -> int:
-    return activations(method, train, CPU, tokens=LENGTH, scored=1, patches=16).language
+    return activations(method, train, CPU, PromptShape(LENGTH, 1, patches=16)).language
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -143,9 +143,9 @@ def test_vision_tower_that_takes_gradients_keeps_as_many_bytes_as_planned(tmp_pa
     with kept_for_the_way_back(backbone) as kept:
         backbone.vision_tower(pixels)
     # 16 patches and the class token. The gradient comes in with the pictures here, which are kept for it.
-    planned = activations(method, settings(), CPU, tokens=LENGTH, scored=1, patches=17)
+    planned = activations(method, settings(), CPU, PromptShape(LENGTH, 1, patches=17))
     assert planned.vision == pytest.approx(sum(kept.values()) - pixels.nbytes, rel=0.07)
-    frozen = activations(make_method("lcl", family("llava", tmp_path)), settings(), CPU, tokens=64, scored=1)
+    frozen = activations(make_method("lcl", family("llava", tmp_path)), settings(), CPU, PromptShape(64, 1))
     assert frozen.vision == 0
 
 
@@ -158,7 +158,7 @@ def test_whole_step_of_aim_keeps_as_many_bytes_as_planned() -> None:
     tokens, scored = batch.packed.ids_BL.shape[1], batch.num_scored // BATCH
     with kept_for_the_way_back(method) as kept:
         method(batch)
-    planned = activations(method, settings(), CPU, tokens=tokens, scored=scored)
+    planned = activations(method, settings(), CPU, PromptShape(tokens, scored))
     vocabulary = backbone.text_config.vocab_size
     scores = 4 * batch.num_scored * vocabulary
     assert sum(kept.values()) == pytest.approx(planned.language + planned.beside + scores, rel=0.15)
@@ -235,7 +235,7 @@ def test_training_everything_agrees_with_the_estimates_of_deepspeed() -> None:
 def planned(memory: str, config: Any = None, **changes: Any) -> Plan:
     method = build_method(outline(LLAVA_NEXT), config or AimConfig())
     train = TrainConfig(**{"num_workers": 8, "micro_batch": 2, "attention": "flash_attention_2", **changes})
-    return make_plan(method, train, Hardware.described(8, memory), tokens=2000, scored=20)
+    return make_plan(method, train, Hardware.described(8, memory), PromptShape(2000, 20))
 
 
 def test_aim_on_large_devices_is_told_to_leave_the_weights_whole() -> None:
@@ -266,7 +266,7 @@ def test_model_larger_than_a_device_is_only_loaded_where_it_is_spread() -> None:
 
 def test_method_without_gradients_has_no_plan() -> None:
     with pytest.raises(ConfigError, match="fitted without gradients"):
-        make_plan(make_method("mtv", tiny_backbone()), settings(), CPU, tokens=10, scored=1)
+        make_plan(make_method("mtv", tiny_backbone()), settings(), CPU, PromptShape(10, 1))
 
 
 def test_muon_is_planned_for_stage_3_on_the_device_alone() -> None:
@@ -297,9 +297,9 @@ def test_muon_is_planned_for_stage_3_on_the_device_alone() -> None:
 )
 def test_hazard_is_told_where_it_is(changes: dict[str, Any], hardware: Hardware, words: str) -> None:
     method = make_method("aim", tiny_backbone())
-    plan = make_plan(method, settings(**changes), hardware, tokens=4000, scored=1)
+    plan = make_plan(method, settings(**changes), hardware, PromptShape(4000, 1))
     assert any(words in hazard for hazard in plan.hazards), plan.hazards
-    harmless = make_plan(method, settings(), CPU, tokens=100, scored=1)
+    harmless = make_plan(method, settings(), CPU, PromptShape(100, 1))
     assert not any(words in hazard for hazard in harmless.hazards)
 
 
@@ -316,7 +316,7 @@ def test_stage_3_with_pixels_tells_of_blank_pictures() -> None:
 def test_tower_for_pictures_of_any_size_asks_how_large_they_are() -> None:
     method = build_method(outline("Qwen2.5-VL-7B-Instruct"), M2ptConfig())
     with pytest.raises(ConfigError, match="say how many patches"):
-        make_plan(method, settings(), Hardware.described(2, "80GB"), tokens=100, scored=1)
+        make_plan(method, settings(), Hardware.described(2, "80GB"), PromptShape(100, 1))
 
 
 def test_hardware_is_read_from_words_and_from_the_machine() -> None:
@@ -344,9 +344,9 @@ def test_plan_is_printed_with_a_star_at_the_settings_and_kept_as_json() -> None:
 
 def test_method_that_learns_from_pictures_alone_keeps_the_tower_and_no_language_model() -> None:
     method = build_method(tiny_backbone(), load_run(RECIPES / "nano_1_vision.yaml").method)
-    whole = activations(method, settings(), CPU, tokens=1, scored=1)
+    whole = activations(method, settings(), CPU, PromptShape(1, 1))
     assert whole.language == 0 < whole.vision
-    again = activations(method, settings(gradient_checkpointing=True), CPU, tokens=1, scored=1)
+    again = activations(method, settings(gradient_checkpointing=True), CPU, PromptShape(1, 1))
     assert again.vision < whole.vision / 4 and again.passing > whole.passing
 
 
@@ -354,7 +354,7 @@ def test_method_that_learns_from_pictures_alone_keeps_the_tower_and_no_language_
 def test_encoder_of_an_encoder_decoder_keeps_as_many_bytes_as_planned(attention: str, tmp_path: Path) -> None:
     backbone = family("blip_2_t5", tmp_path, attention=attention)
     method, train = make_method("aim", backbone), settings(attention=attention)
-    encoder = activations(method, train, CPU, tokens=LENGTH, scored=0).language
+    encoder = activations(method, train, CPU, PromptShape(LENGTH, 0)).language
     # What the decoder keeps of the encoder's states, whatever is scored.
     encoder -= len(backbone.layers) * BATCH * LENGTH * 2 * 4 * read_block(backbone.layers[0]).keys
     assert encoder == pytest.approx(read_and_count(backbone), rel=0.02)
