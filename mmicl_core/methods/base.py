@@ -32,11 +32,22 @@ from mmicl_core.data.pictures import PreparedPicture
 from mmicl_core.methods.adapter import save_parameters
 from mmicl_core.prompts import Prompt, Turn, count_text
 
-__all__ = ["Batch", "Method", "Pictures", "Plain", "PromptBatch", "Side", "States", "episode_turns"]
+__all__ = [
+    "ONE_BY_ONE",
+    "Batch",
+    "Method",
+    "Pictures",
+    "Plain",
+    "PromptBatch",
+    "Side",
+    "States",
+    "episode_turns",
+]
 
 Pictures = Mapping[str, PreparedPicture]
 """Pictures by key, with pixels or with what a frozen part made of them."""
 Side = Literal["left", "right"]
+ONE_BY_ONE = "pictures one by one"
 BLANK = Image.new("RGB", (64, 64), "grey")
 
 
@@ -117,7 +128,8 @@ class Method(nn.Module):
     def calls(self, batch: Any) -> Mapping[str, int]:
         """How much of a batch goes through parts that not every batch needs, by what it is.
 
-        Where parameters are spread over workers, none of them may be 0 on one worker and not on another.
+        Where parameters are spread over workers, none of them may be 0 on one worker and not on another, and
+        what goes through `ONE_BY_ONE` has to be as many on all.
         """
         return {"pictures": max(1, len(batch.pictures)) if self.looks else 0}
 
@@ -131,7 +143,13 @@ class Method(nn.Module):
     @cached_property
     def blank(self) -> PictureBatch:
         """A picture to look at where there is none."""
-        return join(self.backbone.prepare([BLANK]), [""])
+        return join([self.blank_picture], [""])
+
+    @cached_property
+    def blank_picture(self) -> PreparedPicture:
+        """The same, by itself."""
+        (prepared,) = self.backbone.prepare([BLANK])
+        return prepared
 
     def embed(self, batch: Any) -> Embedded:
         """A batch as the language model takes it."""

@@ -38,7 +38,7 @@ from mmicl_core.config.model import MmictConfig
 from mmicl_core.data.collate import Packed, pack
 from mmicl_core.data.pictures import PreparedPicture
 from mmicl_core.methods.adapter import CONFIG_FILE, load_parameters
-from mmicl_core.methods.base import Method, Pictures, Side, States, episode_turns
+from mmicl_core.methods.base import ONE_BY_ONE, Method, Pictures, Side, States, episode_turns
 from mmicl_core.methods.hub import Hub
 from mmicl_core.methods.qformer import SOURCES, TOKENIZER_FOLDER, copy_qformer, hub_tokenizer
 from mmicl_core.prompts import IMAGE, Piece, Prompt, Turn
@@ -148,7 +148,8 @@ class Mmict(Method):
 
     def calls(self, batch: MmictBatch) -> Mapping[str, int]:
         """How many pictures the vision tower looks at."""
-        return {"pictures": len(batch.shown.pictures) if self.looks else 0}
+        name = "pictures" if self.backbone.family.one_size else ONE_BY_ONE
+        return {name: max(1, len(batch.shown.pictures)) if self.looks else 0}
 
     def save(self, folder: Path, about: Mapping[str, Any]) -> None:
         """Write the hub, and its tokenizer unless that is the backbone's."""
@@ -203,7 +204,9 @@ class Mmict(Method):
     @torch.no_grad()
     def _look(self, shown: Shown) -> tuple[Tensor, Tensor]:
         """States of the pictures of each turn, side by side, and where there are any."""
-        known = self.backbone.vision.tower_states(shown.pictures) if shown.pictures else []
+        # Where no turn shows any, a blank one, as other workers may have pictures.
+        pictures = shown.pictures or ((self.blank_picture,) if self.looks else ())
+        known = self.backbone.vision.tower_states(pictures) if pictures else []
         nothing = torch.zeros(1, self.backbone.vision_width, device=self.backbone.device)
         states = [torch.cat([known[number] for number in some]) if some else nothing for some in shown.seen]
         dtype = next(self.hub.parameters()).dtype

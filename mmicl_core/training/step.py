@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmicl_core.errors import DataError, TrainingError
-from mmicl_core.methods.base import Batch
+from mmicl_core.methods.base import ONE_BY_ONE, Batch
 
 __all__ = ["Engine", "MicroBatch", "StepMetrics", "mean_loss", "train_step"]
 
@@ -180,6 +180,14 @@ def _refuse_different_calls(by_rank: Sequence[Sequence[float]], calls: Sequence[
                 f"{counts[some]}. Under ZeRO stage 3 all workers have to call the same modules, or they "
                 f"wait for each other for ever: train on episodes that all have {name}, or set "
                 "train.zero.stage to 2"
+            )
+        if name == ONE_BY_ONE and min(counts) < max(counts):
+            few, many = counts.index(min(counts)), counts.index(max(counts))
+            raise TrainingError(
+                f"micro-batch {number}: worker {few} has {counts[few]} pictures where worker {many} has "
+                f"{counts[many]}, and this model's vision tower is called for each of them. Under ZeRO stage "
+                "3 all workers have to call the same modules, or they wait for each other for ever: train on "
+                "written episodes, whose pictures are encoded beforehand, or set train.zero.stage to 2"
             )
 
 

@@ -20,7 +20,7 @@ from mmicl_core.backbones.vision import join
 from mmicl_core.config.model import MmictConfig
 from mmicl_core.data.pictures import PreparedPicture
 from mmicl_core.errors import CheckpointError
-from mmicl_core.methods.base import episode_turns
+from mmicl_core.methods.base import ONE_BY_ONE, episode_turns
 from mmicl_core.methods.hub import Hub
 from mmicl_core.methods.mmict import Mmict, MmictBatch
 from mmicl_core.prompts import Turn
@@ -211,17 +211,23 @@ def test_gradient_reaches_what_the_hub_trains_all_of_it_and_nothing_else(design:
     assert {id(parameter) for parameter in frozen} == {id(parameter) for parameter in unread}
 
 
-def test_every_batch_runs_the_same_modules_of_the_hub() -> None:
+def test_every_batch_of_a_training_runs_the_same_modules(folders: Path) -> None:
     method = _method()
+    method.looks = True
     called: list[str] = []
-    for name, module in method.hub.named_modules():
+    for name, module in method.named_modules():
         module.register_forward_hook(lambda *_, name=name: called.append(name))
-    method(_batch(method, ROWS))
+    method(batch := _batch(method, ROWS))
     usual = list(called)
     called.clear()
     # Workers that wait for each other's weights would wait for ever.
-    method(method.arrange([[Turn((), "", "ko", scored=True)]], {}))
+    method(bare := method.arrange([[Turn((), "", "ko", scored=True)]], {}))
     assert called == usual
+    assert method.calls(batch) == {"pictures": len(batch.shown.pictures)}
+    assert method.calls(bare) == {"pictures": 1}
+    of_any_size = _method(load_backbone(folders / "qwen2_5_vl"))
+    of_any_size.looks = True
+    assert of_any_size.calls(batch) == {ONE_BY_ONE: len(batch.shown.pictures)}
 
 
 def test_dropout_is_for_training_alone() -> None:

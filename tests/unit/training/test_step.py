@@ -11,6 +11,7 @@ from torch import Tensor
 from mmicl_core.config.model import LclConfig
 from mmicl_core.data.pictures import PreparedPicture
 from mmicl_core.errors import DataError, TrainingError
+from mmicl_core.methods.base import ONE_BY_ONE
 from mmicl_core.methods.lcl import Lcl
 from mmicl_core.training.step import MicroBatch, StepMetrics, mean_loss, train_step
 from tests.fakes import PlainEngine, draw_picture, episode_row, tiny_backbone
@@ -127,9 +128,13 @@ def test_workers_that_would_call_different_modules_are_stopped_before_they_do() 
         _beside({"pictures": 5}, [7, 0])
     with pytest.raises(TrainingError, match=r"worker 0 has no demonstrations .* worker 1 has 2"):
         _beside({"pictures": 5, "demonstrations": 0}, [7, 3, 2])
+    with pytest.raises(TrainingError, match=r"worker 1 has 4 pictures where worker 0 has 5.*each of them"):
+        _beside({ONE_BY_ONE: 5}, [7, 4])
     # Whatever they look at, how much of it may differ.
     first, beside, mine = _beside({"pictures": 5}, [7, 1], [0, 0])
     assert beside.targets == first.targets + 7 == mine + 7
+    _, beside, mine = _beside({ONE_BY_ONE: 5}, [7, 5], [0, 0])
+    assert beside.targets == mine + 7
 
 
 def test_a_step_of_another_number_of_micro_batches_than_was_agreed_is_refused() -> None:
