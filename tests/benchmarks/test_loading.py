@@ -3,8 +3,9 @@
     make bench
 
 Prints the anonymous memory that each worker took at most while it loaded, in MiB, beside the size of the
-model, which has the shape of SmolLM2-135M. Pages of the file itself, which the system shares and drops as it
-likes, are not counted.
+model, which has the layers of SmolLM2-135M twice, and few words: one matrix, which passes whole, is then as
+small a part of it as in models that need to be spread. Pages of the file itself, which the system shares and
+drops as it likes, are not counted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 STAGES = {"in pieces": 3, "whole": 2}
 MIB = 2**20
+# Of the model: half, and what passes.
+MOST = 0.6
 
 
 def _anonymous() -> int:
@@ -91,7 +94,7 @@ def _load_on_two(folder: Path, stage: int) -> list[dict[str, int]]:
 def test_worker_that_loads_in_pieces_never_holds_the_model_whole(tmp_path: Path) -> None:
     from tests.benchmarks.test_plan import shaped_like_smol
 
-    backbone = shaped_like_smol()
+    backbone = shaped_like_smol(vocab_size=4096, num_hidden_layers=60)
     backbone.model.save_pretrained(tmp_path)
     backbone.processor.save_pretrained(tmp_path)
     elements = sum(p.numel() for p in backbone.parameters())
@@ -102,6 +105,5 @@ def test_worker_that_loads_in_pieces_never_holds_the_model_whole(tmp_path: Path)
     told = {"model": size // MIB, "its largest matrix": largest // MIB}
     print(json.dumps(told | {"most anonymous memory of each worker": peaks}))
     first, second = found["in pieces"]
-    # Half of it, and the matrix that is just being spread: gathered, and as it arrives.
-    assert second["most"] < size / 2 + 2.5 * largest
+    assert max(first["most"], second["most"]) < MOST * size
     assert first["elements"] + second["elements"] < 1.01 * elements

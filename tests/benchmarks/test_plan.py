@@ -53,7 +53,7 @@ SMOL = {
 TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def shaped_like_smol() -> HuggingFaceBackbone:
+def shaped_like_smol(**changes: int) -> HuggingFaceBackbone:
     processor = tiny_backbone().processor
     tokenizer = processor.tokenizer
     ends = {
@@ -62,7 +62,7 @@ def shaped_like_smol() -> HuggingFaceBackbone:
     }
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**TOWER, image_size=70, patch_size=14),
-        text_config=LlamaConfig(**SMOL, **ends),
+        text_config=LlamaConfig(**SMOL | changes, **ends),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
