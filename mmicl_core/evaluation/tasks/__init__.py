@@ -1,0 +1,1 @@
+"""Evaluation tasks, one small file each: load, ask, score."""
