@@ -22,8 +22,9 @@ cacheable, and why `read` must not depend on the batch that a demonstration sits
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -144,16 +145,28 @@ class Aim(Method):
         states: States | None,
         side: Side = "right",
     ) -> AimBatch:
-        """Episodes -> queries behind places for their demonstrations, which are looked up in `states`, or
-        read with the queries. The last `raw` demonstrations are written out."""
+        """As `arrange`, with demonstrations that are looked up in `states`, or read."""
+        return self.arrange([episode_turns(row) for row in rows], pictures, side, states=states)
+
+    def arrange(
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        pictures: Pictures,
+        side: Side = "right",
+        *,
+        raw: Iterable[int] = repeat(0),
+        states: States | None = None,
+    ) -> AimBatch:
+        """Queries behind places for their demonstrations.
+
+        Args:
+            raw: of each conversation, how many of the last demonstrations are written out instead.
+            states: of demonstrations by key; None reads these with the queries.
+        """
         prompts, seen, shown, states_TD = list[Prompt](), list[Turn](), list[Turn](), list[Tensor]()
-        for row in rows:
-            *demonstrations, query = episode_turns(row)
-            raw = min(int(row.get("raw", 0)), len(demonstrations))
-            fused, written = (
-                demonstrations[: len(demonstrations) - raw],
-                demonstrations[len(demonstrations) - raw :],
-            )
+        for (*demonstrations, query), count in zip(conversations, raw, strict=False):
+            last = max(len(demonstrations) - count, 0)
+            fused, written = demonstrations[:last], demonstrations[last:]
             prompts.append(self.prompt(len(fused), [*written, query]))
             seen += [*written, query]
             shown += fused

@@ -6,7 +6,7 @@ knows how gradients are taken or where.
 
     rows --collate--> batch --embed--> prompts --backbone--> likelihood of answers, or answers
 
-A new method overrides `write`, `collate` or `embed`, whichever is enough, and says which parameters it owns.
+A new method overrides `write`, `arrange` or `embed`, whichever is enough, and says which parameters it owns.
 """
 
 from __future__ import annotations
@@ -108,13 +108,20 @@ class Method(nn.Module):
         states: States | None,
         side: Side = "right",
     ) -> Any:
-        """Rows -> a batch: of episodes, every turn written out.
+        """Rows -> a batch.
 
         Args:
             states: frozen states by demonstration; None where they were not kept, or are not needed.
             side: `right` pads for training, `left` for answers; the query of a row to be answered has none.
         """
-        return self.lay_out([episode_turns(row) for row in rows], pictures, side)
+        return self.arrange([episode_turns(row) for row in rows], pictures, side)
+
+    def arrange(
+        self, conversations: Sequence[Sequence[Turn]], pictures: Pictures, side: Side = "right"
+    ) -> Any:
+        """Turns of which the last is the query, of any number of pictures each -> a batch: every turn written
+        out."""
+        return self.lay_out(conversations, pictures, side)
 
     def write(self, turns: Sequence[Turn]) -> Prompt:
         """A conversation as a prompt, every turn written out."""
@@ -168,7 +175,10 @@ class Method(nn.Module):
     @torch.no_grad()
     def answer(self, batch: Any, max_new_tokens: int) -> list[list[int]]:
         """Greedy answers to a batch that is padded on the left; ids before the end token."""
-        prompts = self.embed(batch)
+        return self.generate(self.embed(batch), max_new_tokens)
+
+    def generate(self, prompts: Embedded, max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers to prompts that are padded on the left; ids before the end token."""
         with self.applied(prompts):
             return generate(self.backbone, prompts, max_new_tokens)
 

@@ -30,7 +30,7 @@ bits must not take them along, as it does in the released code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
@@ -47,7 +47,7 @@ from mmicl_core.backbones.vision import PictureBatch
 from mmicl_core.config.model import M2ptConfig
 from mmicl_core.errors import ConfigError
 from mmicl_core.methods.adapter import load_parameters
-from mmicl_core.methods.base import Method, Pictures, PromptBatch, Side, States, episode_turns
+from mmicl_core.methods.base import Method, Pictures, PromptBatch, Side
 from mmicl_core.prompts import Piece, Prompt, Turn
 
 __all__ = ["DeepPrompts", "M2pt"]
@@ -107,16 +107,11 @@ class M2pt(Method):
         """Positions of a prompt that one demonstration takes."""
         return super().demonstration_tokens(turn, pictures) + self.tokens_per_picture * len(turn.pictures)
 
-    def collate(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        pictures: Pictures,
-        states: States | None,
-        side: Side = "right",
+    def arrange(
+        self, conversations: Sequence[Sequence[Turn]], pictures: Pictures, side: Side = "right"
     ) -> PromptBatch:
-        """Episodes with every turn written out, and places for soft tokens before every picture."""
-        turns = [episode_turns(row) for row in rows]
-        return self.lay_out(turns, pictures, side, fused_tokens=repeat(self.tokens_per_picture))
+        """Every turn written out, and places for soft tokens before every picture."""
+        return self.lay_out(conversations, pictures, side, fused_tokens=repeat(self.tokens_per_picture))
 
     def write(self, turns: Sequence[Turn]) -> Prompt:
         """A conversation with a place for soft tokens before every picture, if there are any."""

@@ -38,7 +38,7 @@ from mmicl_core.config.model import MmictConfig
 from mmicl_core.data.collate import Packed, pack
 from mmicl_core.data.pictures import PreparedPicture
 from mmicl_core.methods.adapter import CONFIG_FILE, load_parameters
-from mmicl_core.methods.base import ONE_BY_ONE, Method, Pictures, Side, States, episode_turns
+from mmicl_core.methods.base import ONE_BY_ONE, Method, Pictures, Side
 from mmicl_core.methods.hub import Hub
 from mmicl_core.methods.qformer import SOURCES, TOKENIZER_FOLDER, copy_qformer, hub_tokenizer
 from mmicl_core.prompts import IMAGE, Piece, Prompt, Turn
@@ -97,20 +97,10 @@ class Mmict(Method):
         elif start is not None:
             copy_qformer(self.hub, config, start)
 
-    def collate(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        pictures: Pictures,
-        states: States | None,
-        side: Side = "right",
-    ) -> MmictBatch:
-        """Episodes -> places for soft tokens and the words of queries, and what the hub reads for them."""
-        return self.arrange([episode_turns(row) for row in rows], pictures, side)
-
     def arrange(
         self, conversations: Sequence[Sequence[Turn]], pictures: Pictures, side: Side = "right"
     ) -> MmictBatch:
-        """Turns of which the last is the query, of any number of pictures each -> a batch."""
+        """Turns -> places for soft tokens and the words of queries, and what the hub reads for them."""
         prompts, turns, asked = list[Prompt](), list[Turn](), list[bool]()
         for *before, query in conversations:
             demonstrations = before if self.config.demonstrations != "none" else []

@@ -39,7 +39,7 @@ from mmicl_core.config.model import MtvConfig
 from mmicl_core.data.collate import Packed
 from mmicl_core.errors import DataError
 from mmicl_core.methods.adapter import load_parameters
-from mmicl_core.methods.base import Method, Pictures, PromptBatch, Side, States, episode_turns
+from mmicl_core.methods.base import Method, Pictures, PromptBatch, Side, episode_turns
 from mmicl_core.prompts import Turn
 
 __all__ = ["Mtv", "select_heads"]
@@ -73,11 +73,11 @@ class Mtv(Method):
         """Means and selection, which no gradient reaches."""
         return {"means_KHE": self.means_KHE, "selected_KH": self.selected_KH}
 
-    def collate(
-        self, rows: Rows, pictures: Pictures, states: States | None, side: Side = "right"
+    def arrange(
+        self, conversations: Sequence[Sequence[Turn]], pictures: Pictures, side: Side = "right"
     ) -> PromptBatch:
-        """Episodes -> their queries alone."""
-        return self.lay_out([episode_turns(row)[-1:] for row in rows], pictures, side)
+        """Queries alone."""
+        return self.lay_out([turns[-1:] for turns in conversations], pictures, side)
 
     def applied(self, prompts: Embedded) -> AbstractContextManager[None]:
         """The first pass inside, which must be over `prompts`, has the means in the selected heads."""

@@ -29,6 +29,7 @@ from mmicl_core.config.model import AimConfig
 from mmicl_core.config.train import TrainConfig
 from mmicl_core.methods import build_method
 from mmicl_core.methods.aim import Aim, AimBatch, Demonstrations
+from mmicl_core.methods.base import episode_turns
 from mmicl_core.training.hardware import Hardware
 from mmicl_core.training.memory import PromptShape, activations, spread
 from tests.benchmarks.corpora import machine
@@ -73,8 +74,9 @@ def shaped_like_smol(**changes: int) -> HuggingFaceBackbone:
 
 def make_batch(method: Aim, episodes: int, raw: int) -> AimBatch:
     names = ["bako", "mute"]
-    rows = [answered([*"abcd" * 5], names * 10) | {"raw": raw - number % 2} for number in range(episodes)]
-    batch = method.collate(rows, random_pictures("abcd", method.backbone), None)
+    rows = [episode_turns(answered([*"abcd" * 5], names * 10)) for _ in range(episodes)]
+    counts = [raw - number % 2 for number in range(episodes)]
+    batch = method.arrange(rows, random_pictures("abcd", method.backbone), raw=counts)
     assert isinstance(batch.shown, Demonstrations)
     return AimBatch(batch.packed, batch.pictures, method.reader.read(batch.shown))
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +40,14 @@ def _method(**settings: Any) -> Aim:
     return Aim(tiny_backbone(), AimConfig(**settings))
 
 
-def _batch(method: Aim, rows: list[dict[str, Any]]) -> Any:
+def _batch(method: Aim, rows: list[dict[str, Any]], raw: Iterable[int] = repeat(0)) -> Any:
     pictures = random_pictures(PICTURES, method.backbone)
-    states = {}
-    for row in rows:
-        for turn in episode_turns(row)[:-1]:
+    states, conversations = {}, [episode_turns(row) for row in rows]
+    for turns in conversations:
+        for turn in turns[:-1]:
             (read,) = method.reader.read(method.reader.pack([turn], pictures))
             states[demonstration_key(turn)] = read.numpy()
-    return method.collate(rows, pictures, states)
+    return method.arrange(conversations, pictures, raw=raw, states=states)
 
 
 ROWS = [
@@ -209,12 +211,11 @@ def test_states_read_with_the_queries_give_the_loss_of_kept_ones() -> None:
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_last_demonstrations_are_written_out_where_a_row_says_so(kept: bool) -> None:
+def test_last_demonstrations_are_written_out_where_that_is_asked(kept: bool) -> None:
     method = _method()
     pictures = random_pictures(PICTURES, method.backbone)
-    rows = [row | {"raw": raw} for row, raw in zip(ROWS, (1, 9), strict=True)]
-    batch = _batch(method, rows) if kept else method.collate(rows, pictures, None)
-    turns = [episode_turns(row) for row in rows]
+    turns = [episode_turns(row) for row in ROWS]
+    batch = _batch(method, ROWS, (1, 9)) if kept else method.arrange(turns, pictures, raw=(1, 9))
     (first, *_), _ = turns
     # One demonstration of the first row is fused, and none of the second.
     assert batch.packed.fused_BL.sum(1).tolist() == [count_text(method.chat.turn(first)), 0]
