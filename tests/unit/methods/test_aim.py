@@ -223,7 +223,7 @@ def test_last_demonstrations_are_written_out_where_that_is_asked(kept: bool) -> 
     second = batch.packed.ids_BL[1, batch.packed.text_BL[1]].tolist()
     assert second == [token for piece in method.chat.conversation(turns[1]) for token in piece.ids]
     # A demonstration that is written out costs and says what it does without an adapter.
-    whole = method.arrange([turns[1]], pictures)
+    whole = method.arrange([turns[1]], pictures, raw=(9,))
     plain = pack(
         [method.chat.conversation(turns[1])],
         pictures=[pictures[key] for turn in turns[1] for key in turn.pictures],
