@@ -7,6 +7,7 @@ The module that knows the environment. Variables that it reads:
     RAY_JOB_CONFIG_JSON_ENV_VAR
                     set by Ray inside a job.
     PYTHONPATH      kept, with the folder of this checkout before it.
+    OPENAI_API_KEY  by which a server that is evaluated knows us.
 
 Variables that it sets unless they are set, before the libraries that read them are imported:
 
@@ -27,7 +28,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DEFAULTS", "cluster", "code_revision", "prepare_process", "quieten", "ray_outlives_the_program"]
+__all__ = [
+    "DEFAULTS",
+    "cluster",
+    "code_revision",
+    "endpoint_key",
+    "prepare_process",
+    "quieten",
+    "ray_outlives_the_program",
+]
 
 DEFAULTS: Mapping[str, str] = {
     # Forked after first use, tokenizers warn and go single-threaded; Ray gives the parallelism here.
@@ -52,6 +61,7 @@ CORE_LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 STDERR = 2
 INSIDE_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 PYTHONPATH = "PYTHONPATH"
+ENDPOINT_KEY = "OPENAI_API_KEY"
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
 CODE = Path(__file__).resolve().parents[1]
 # Two workers train together, and a machine with one CPU can run both by turns.
@@ -172,6 +182,11 @@ def _stderr_without(text: str) -> Iterator[None]:
             held.seek(0)
             lines = held.read().decode(errors="replace").splitlines(keepends=True)
             sys.stderr.writelines(line for line in lines if text not in line)
+
+
+def endpoint_key() -> str:
+    """What an OpenAI-compatible server knows us by; servers without keys take any."""
+    return os.environ.get(ENDPOINT_KEY, "none")
 
 
 def _worker_environment() -> dict[str, str]:

@@ -1,216 +1,310 @@
-"""Ray Data: queries fanned out over a pool of models, answers kept, counts summed."""
+"""Evaluation: the same questions and demonstrations to every model, answers kept, scores and a card.
+
+    tasks --lay out--> cells --content--> requests --answers--> predictions --summary--> results, card
+
+Whatever was answered before, by this run or another one in the same folder, is not asked again.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import torch
 
 from mmicl_core.assets import resolve
-from mmicl_core.backbones.hugging_face import backbone_identity, load_for_inference
-from mmicl_core.config.episodes import EpisodeConfig, KindConfig, ShotStage, TaskConfig, TwoWayConfig
-from mmicl_core.config.evaluate import ADAPTED, Condition, EvaluateConfig
+from mmicl_core.backbones.hugging_face import backbone_identity
+from mmicl_core.config.evaluate import AskedModel, EvaluateConfig
+from mmicl_core.config.evaluation_tasks import TaskSettings
 from mmicl_core.config.run import RunConfig
-from mmicl_core.data.catalogue import Catalogue
-from mmicl_core.data.images import decode
-from mmicl_core.data.pictures import images_of
-from mmicl_core.data.tasks.kind import kinds_of
+from mmicl_core.data.files import write_atomic
 from mmicl_core.errors import ConfigError
-from mmicl_core.evaluation.metrics import names_exactly, names_only, wilson_interval
-from mmicl_core.evaluation.naming import NamingTask
-from mmicl_core.methods import METHODS, load_method, read_settings
+from mmicl_core.evaluation.answering import Reply, Request, key_of, request_of
+from mmicl_core.evaluation.cells import Cell, Layout, lay_out
+from mmicl_core.evaluation.controls import BLANK
+from mmicl_core.evaluation.summary import Scored, summarise
+from mmicl_core.methods import read_settings
 from mmicl_core.methods.adapter import adapter_identity
-from mmicl_core.methods.base import Pictures, Plain, episode_turns
-from pipelines.episodes import Source, build_episodes, describe, read_episodes
-from pipelines.materials import open_backbone
+from pipelines.answers import AnswerStore, Asked, ask, measure
+from pipelines.cards import CARD_FILES, compression_row, examples, write_card
+from pipelines.environment import endpoint_key
+from pipelines.episodes import describe
+from pipelines.materials import NEW_NANO, open_backbone
 from pipelines.progress import counting
-from pipelines.stages import Stage, read_manifest
+from pipelines.questions import open_task
+from pipelines.stages import Stage
 
-__all__ = ["evaluate", "evaluation_episodes"]
+__all__ = ["PREDICTIONS_FILE", "RESULTS_FILE", "evaluate"]
 
 log = logging.getLogger("mmicl")
 
-PREDICTIONS_FILE = "predictions.parquet"
-# Answerers that took every CPU would wait for ever for the tasks that feed them.
-CPUS_OF_AN_ANSWERER = 0.5
+PREDICTIONS_FILE, RESULTS_FILE = "predictions.parquet", "results.json"
+ANSWERS_FILE = "answers.sqlite"
+# Of a score between 0 and 1, from here on an example is shown as right.
+RIGHT = 0.5
 
 
-def evaluate(run: RunConfig, root: Path) -> list[dict[str, Any]]:
-    """Ask every condition at every number of shots; one row of results for each number.
+@dataclass(frozen=True)
+class _Cells:
+    """One task with what each of its cells asks."""
 
-    A row holds `shots_per_class`, `part`, `queries`, `conditions` (each `accuracy` with the `low` and
-    `high` end of its 95 % interval) and `tokens` (mean of a demonstration, full and as the adapter takes it).
+    label: str
+    layout: Layout
+    requests: tuple[tuple[Request, ...], ...]
+    digests: Mapping[str, str]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of everything that is asked."""
+        keys = [key_of(one, "", self.digests.__getitem__) for cell in self.requests for one in cell]
+        return hashlib.sha256("".join(keys).encode()).hexdigest()[:12]
+
+    def keys(self, asked: Asked) -> list[list[str]]:
+        """Names of the answers of a model, by cell."""
+        return [
+            [key_of(one, asked.identity, self.digests.__getitem__) for one in cell] for cell in self.requests
+        ]
+
+
+def evaluate(run: RunConfig, root: Path) -> dict[str, Any]:
+    """Ask all models all tasks; gives what `results.json` holds, with its `folder`.
+
+    `tasks` has a summary of each (`mmicl_core.evaluation.summary`), `models` who was asked.
+
+    Raises:
+        ConfigError: models and tasks do not fit.
+        DataError: files of a task are missing or wrong.
+        BackboneError: a model cannot be loaded, or a server does not answer.
     """
-    source = describe(run, root)
-    rows = []
-    for shots in run.evaluate.shots_per_class:
-        episodes = evaluation_episodes(source, run, shots, root)
-        rows.append(_evaluate_at(run, shots, source, episodes, root))
-    return rows
-
-
-def evaluation_episodes(source: Source, run: RunConfig, shots: int, root: Path) -> Stage:
-    """Episodes of the part asked about, all with hard negatives and the question that training used first."""
-    task: TaskConfig = KindConfig(demonstrations=2 * shots)
-    if run.evaluate.task == "two_way":
-        task = _as_trained(run.episodes.tasks)
-    config = EpisodeConfig(
-        part=run.evaluate.part,
-        stages=(
-            ShotStage(
-                episodes=run.evaluate.queries,
-                min_shots_of_both_classes=2 * shots,
-                max_shots_of_both_classes=2 * shots,
-            ),
-        ),
-        tasks=(task,),
-        near_duplicate_bits=run.episodes.near_duplicate_bits,
-        seed=run.evaluate.seed,
-    )
-    return build_episodes(source, config, root)
-
-
-def _as_trained(tasks: Sequence[TaskConfig]) -> TwoWayConfig:
-    trained = next((task for task in tasks if isinstance(task, TwoWayConfig)), TwoWayConfig())
-    return TwoWayConfig(questions=trained.questions[:1], wording=trained.wording, varied=False)
-
-
-def _evaluate_at(run: RunConfig, shots: int, source: Source, episodes: Stage, root: Path) -> dict[str, Any]:
     config = run.evaluate
-    backbone = open_backbone(run.backbone, source, root)
-    adapted = any(condition in ADAPTED for condition in config.conditions)
-    adapter = resolve(config.adapter) if config.adapter and adapted else None
-    if adapter is not None and "mixed" in config.conditions and read_settings(adapter).type != "aim":
-        raise ConfigError(
-            "evaluate.conditions ask for 'mixed', fused demonstrations before one written out, but the "
-            f"adapter in {adapter} is of method {read_settings(adapter).type!r}, which fuses none: leave it "
-            "out"
-        )
+    models = {model.name: tuple(_asked(model, run, root)) for model in config.asked}
+    tasks = [_cells(settings, run, root) for settings in config.tasks]
     stage = Stage(
         root,
         "evaluate",
-        episodes=episodes.fingerprint,
-        backbone=backbone_identity(backbone),
-        adapter=adapter_identity(adapter) if adapter else None,
-        conditions=config.conditions,
-        max_new_tokens=config.max_new_tokens,
+        tasks=[cells.fingerprint for cells in tasks],
+        models=[[name, *(asked.identity for asked in seeds)] for name, seeds in models.items()],
+        settings=config.model_dump(mode="json", exclude={"adapter", "models", "num_workers"}),
     )
 
     def build(folder: Path) -> dict[str, Any]:
-        rows = [{"row": number} for number in range(read_manifest(episodes.folder)["built"])]
-        batches = -(-len(rows) // config.batch)
-        title = f"Answering at {shots} shots per class"
-        with counting(title, len(rows) * len(config.conditions)) as counter:
-            answered = (
-                ray.data.from_arrow(pa.Table.from_pylist(rows))
-                .repartition(batches)
-                .map_batches(
-                    _Answerer,
-                    batch_size=config.batch,
-                    batch_format="pyarrow",
-                    fn_constructor_args=(
-                        config,
-                        backbone,
-                        adapter,
-                        source,
-                        episodes.folder,
-                        counter,
-                    ),
-                    compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, batches)),
-                    num_cpus=CPUS_OF_AN_ANSWERER,
-                    num_gpus=1 if ray.cluster_resources().get("GPU", 0) >= config.num_workers else 0,
-                )
+        replies = _ask_all(models, tasks, config, AnswerStore(root / ANSWERS_FILE))
+        rows, summaries = list[dict[str, Any]](), list[dict[str, Any]]()
+        for cells in tasks:
+            scores = dict(_scores(models, cells, replies, rows))
+            summary = summarise(cells.layout, scores, cells.label, config.seed)
+            summaries.append(summary | {"examples": _examples(cells, config.asked[-1].name, rows)})
+        pq.write_table(pa.Table.from_pylist(rows), folder / PREDICTIONS_FILE)
+        results = {
+            "tasks": summaries,
+            "models": [model.model_dump(mode="json") for model in config.asked],
+            "compression": list(_compression(models, tasks, summaries, config.timed)),
+        }
+        write_atomic(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+        write_card(folder, results, _shown_pictures(tasks, summaries), stage.fingerprint)
+        return {"answers": len(rows)}
+
+    stage.run(build)
+    _put_beside_adapters(stage.folder, models)
+    results: dict[str, Any] = json.loads((stage.folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    return results | {"folder": str(stage.folder)}
+
+
+def _asked(model: AskedModel, run: RunConfig, root: Path) -> Iterator[Asked]:
+    """A model as it answers, once for each seed."""
+    if model.endpoint is not None:
+        identity = json.dumps([model.endpoint, model.served_model])
+        yield Asked(
+            model.name,
+            identity,
+            endpoint=model.endpoint,
+            served_model=model.served_model,
+            api_key=endpoint_key(),
+        )
+        return
+    backbone = _backbone(run, root)
+    about = [backbone_identity(backbone)]
+    if model.adapter is None:
+        yield Asked(model.name, json.dumps(about), backbone)
+        return
+    for place in (model.adapter, *model.seeds):
+        adapter = resolve(place)
+        kind = read_settings(adapter).type
+        if model.raw and kind != "aim":
+            raise ConfigError(
+                f"evaluate.models: {model.name!r} has raw {model.raw}, demonstrations written out behind "
+                f"fused ones, but the adapter in {adapter} is of method {kind!r}, which fuses none: set raw "
+                "to 0"
             )
-            answers = sorted(answered.take_all(), key=lambda row: (row["episode"], row["condition"]))
-        pq.write_table(pa.Table.from_pylist(answers), folder / PREDICTIONS_FILE)
-        return {"shots_per_class": shots, "part": config.part} | _sum_up(answers)
-
-    return stage.run(build)
+        identity = json.dumps([*about, adapter_identity(adapter), model.raw])
+        yield Asked(model.name, identity, backbone, adapter, model.raw)
 
 
-def _sum_up(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    conditions: dict[str, Any] = {}
-    for condition in sorted({row["condition"] for row in answers}):
-        right = [row["right"] for row in answers if row["condition"] == condition]
-        low, high = wilson_interval(sum(right), len(right))
-        conditions[condition] = {"accuracy": sum(right) / len(right), "low": low, "high": high}
-    tokens = {
-        f"demonstration_{kind}": sum(row[f"tokens_{kind}"] for row in answers) / len(answers)
-        for kind in ("full", "adapted")
+def _backbone(run: RunConfig, root: Path) -> Path:
+    if run.backbone.path != NEW_NANO and run.backbone.vision_tower is None:
+        return resolve(run.backbone.path)
+    return open_backbone(run.backbone, describe(run, root), root)
+
+
+def _cells(settings: TaskSettings, run: RunConfig, root: Path) -> _Cells:
+    task = open_task(settings, run, root)
+    layout, label = lay_out(task, run.evaluate), _label(settings)
+    for reason, count in layout.left_out.items():
+        log.info("%s: left out %d, as %s", label, count, reason)
+    requests = tuple(
+        tuple(request_of(task, shown, run.evaluate.style) for shown in cell.shown) for cell in layout.cells
+    )
+    return _Cells(label, layout, requests, _digests(layout, requests))
+
+
+def _label(settings: TaskSettings) -> str:
+    """What tells a task from others of its type."""
+    told = settings.model_dump(mode="json", exclude={"folder"})
+    return " ".join([told.pop("type"), *map(str, told.values())])
+
+
+def _digests(layout: Layout, requests: Sequence[Sequence[Request]]) -> dict[str, str]:
+    """SHA-256 of the bytes of every picture that is shown."""
+    keys = {
+        key.removeprefix(BLANK)
+        for cell in requests
+        for request in cell
+        for turn in request.turns
+        for key in turn.pictures
     }
-    return {"queries": len(answers) // len(conditions), "conditions": conditions, "tokens": tokens}
+    read = layout.questions.pictures.read
+    return {key: hashlib.sha256(read(key)).hexdigest() for key in sorted(keys)}
 
 
-class _Answerer:
-    """One model with its queries; answers a batch under every condition."""
+def _ask_all(
+    models: Mapping[str, Sequence[Asked]],
+    tasks: Sequence[_Cells],
+    config: EvaluateConfig,
+    store: AnswerStore,
+) -> dict[str, Reply]:
+    replies: dict[str, Reply] = {}
+    sources = [cells.layout.questions.pictures for cells in tasks]
+    for asked in (one for seeds in models.values() for one in seeds):
+        batches = [
+            (number, dict(zip(keys[start : start + config.batch], some, strict=True)))
+            for number, cells in enumerate(tasks)
+            for keys, requests in zip(cells.keys(asked), cells.requests, strict=True)
+            for start in range(0, len(keys), config.batch)
+            if (some := requests[start : start + config.batch])
+        ]
+        total = len({key for _, requests in batches for key in requests})
+        with counting(f"Asking {asked.name}", total) as counter:
+            replies |= ask(asked, batches, sources, store, config.num_workers, counter)
+    return replies
 
-    def __init__(
-        self,
-        config: EvaluateConfig,
-        backbone: Path,
-        adapter: Path | None,
-        source: Source,
-        episodes: Path,
-        counter: Any,
-    ) -> None:
-        torch.set_num_threads(1)
-        plain, adapted = Plain(load_for_inference(backbone)), None
-        if adapter is not None:
-            changes = METHODS[read_settings(adapter).type].changes_backbone
-            adapted = load_method(adapter, load_for_inference(backbone) if changes else plain.backbone)
-        self._task = NamingTask(plain, adapted, config.max_new_tokens)
-        self._methods = {"full": plain, "adapted": adapted or plain}
-        self._prepare = plain.backbone.prepare
-        self._reader = source.described.corpus.pictures(source.described.pairs.folder)
-        self._episodes = read_episodes(episodes)
-        concepts = Catalogue(source.catalogue("concept").folder)
-        self._known = {
-            "true_name": dict(zip(concepts.ids, concepts.names, strict=True)),
-            "kind": dict(zip(concepts.ids, kinds_of(concepts), strict=True)),
+
+def _scores(
+    models: Mapping[str, Sequence[Asked]],
+    cells: _Cells,
+    replies: Mapping[str, Reply],
+    rows: list[dict[str, Any]],
+) -> Iterator[tuple[tuple[str, int, Any], Scored]]:
+    """The worth of every cell's answers; what was said goes to `rows`."""
+    task = cells.layout.task
+    for name, seeds in models.items():
+        named = [cells.keys(asked) for asked in seeds]
+        for number, cell in enumerate(cells.layout.cells):
+            statistics, lengths = [], list[int]()
+            for seed, keys in enumerate(named):
+                said = [replies[key] for key in keys[number]]
+                items = [shown.query for shown in cell.shown]
+                scored = task.score_all(items, [reply.prediction for reply in said])
+                statistics.append(tuple(scored))
+                lengths += [reply.prompt_tokens for reply in said if reply.prompt_tokens is not None]
+                about = {"task": cells.label, "model": name, "seed": seed}
+                rows += [about | row for row in _predictions(cell, said, scored)]
+            mean_length = fmean(lengths) if lengths else None
+            yield (name, cell.shots, cell.control), Scored(cell, tuple(statistics), mean_length)
+
+
+def _examples(cells: _Cells, model: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Answers of a model's first seed, with the most demonstrations."""
+    cell = [cell for cell in cells.layout.cells if cell.control is None][-1]
+    said = [
+        row
+        for row in rows
+        if (row["task"], row["model"], row["seed"]) == (cells.label, model, 0)
+        and (row["shots"], row["control"]) == (cell.shots, None)
+    ]
+    scores = [json.loads(row["statistics"]) for row in said]
+    right = [score.get("right", next(iter(score.values()))) >= RIGHT for score in scores]
+    return list(examples(cell, model, [row["answer"] for row in said], right))
+
+
+def _shown_pictures(tasks: Sequence[_Cells], summaries: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+    """The pictures of all examples."""
+    return {
+        key: cells.layout.questions.pictures.read(key)
+        for cells, summary in zip(tasks, summaries, strict=True)
+        for example in summary["examples"]
+        for turn in (*example["demonstrations"], example["query"])
+        for key in turn["pictures"]
+    }
+
+
+def _compression(
+    models: Mapping[str, Sequence[Asked]],
+    tasks: Sequence[_Cells],
+    summaries: Sequence[Mapping[str, Any]],
+    timed: int,
+) -> Iterator[dict[str, Any]]:
+    """Score and cost of the first seed of each model, by task and shots."""
+    if not timed:
+        return
+    sources = [cells.layout.questions.pictures for cells in tasks]
+    asked = [
+        (number, cell.shots, request)
+        for number, cells in enumerate(tasks)
+        for cell, requests in zip(cells.layout.cells, cells.requests, strict=True)
+        if cell.control is None
+        for request in requests[:timed]
+    ]
+    for name, (first, *_) in models.items():
+        costs = measure(first, [(number, request) for number, _, request in asked], sources)
+        for number, summary in enumerate(summaries):
+            (curve,) = (curve for curve in summary["curves"] if curve["model"] == name)
+            for point in curve["points"]:
+                place = (number, point["shots"])
+                mine = [cost for cost, (*at, _) in zip(costs, asked, strict=True) if tuple(at) == place]
+                yield compression_row(summary["label"], name, point, mine)
+
+
+def _put_beside_adapters(folder: Path, models: Mapping[str, Sequence[Asked]]) -> None:
+    """Copy the card into the folders of adapters; those that come along with the package stay as they are."""
+    package = resolve("embedded:nano").parent
+    for asked in (one for seeds in models.values() for one in seeds):
+        if asked.adapter is not None and not asked.adapter.resolve().is_relative_to(package):
+            for name in CARD_FILES:
+                shutil.copy(folder / name, asked.adapter / name)
+
+
+def _predictions(
+    cell: Cell, said: Sequence[Reply], scored: Sequence[Mapping[str, float]]
+) -> Iterator[dict[str, Any]]:
+    for shown, reply, statistics in zip(cell.shown, said, scored, strict=True):
+        yield {
+            "shots": cell.shots,
+            "control": cell.control,
+            "question": shown.query.id,
+            "group": shown.query.group,
+            "demonstrations": [item.id for item in shown.demonstrations],
+            "answer": reply.text,
+            "expected": list(shown.query.references) or [shown.query.answer],
+            "prompt_tokens": reply.prompt_tokens,
+            "log_probabilities": json.dumps(dict(reply.log_probabilities)),
+            "statistics": json.dumps(dict(statistics)),
         }
-        self._config, self._counter = config, counter
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        episodes = [self._episodes[row] for row in batch.column("row").to_pylist()]
-        images = images_of(episodes)
-        decoded = [decode(self._reader.read(image)) for image in images.values()]
-        pictures = dict(zip(images, self._prepare(decoded), strict=True))
-        costs = [self._costs(episode, pictures) for episode in episodes]
-        rows = []
-        for condition in self._config.conditions:
-            answers = self._task.answer(episodes, condition, pictures)
-            for episode, answer, cost in zip(episodes, answers, costs, strict=True):
-                asked = {"episode": episode["episode"], "condition": condition, "answer": answer}
-                rows.append(asked | self._scored(episode, condition, answer) | cost)
-            ray.get(self._counter.add.remote(len(episodes)))
-        return pa.Table.from_pylist(rows)
-
-    def _costs(self, episode: dict[str, Any], pictures: Pictures) -> dict[str, float]:
-        """Mean tokens of a demonstration, in full and as the adapter takes it."""
-        shown = episode_turns(episode)[:-1]
-        return {
-            f"tokens_{kind}": sum(method.demonstration_tokens(turn, pictures) for turn in shown) / len(shown)
-            for kind, method in self._methods.items()
-        }
-
-    def _scored(self, episode: dict[str, Any], condition: Condition, answer: str) -> dict[str, Any]:
-        if episode["task"] == "kind":
-            right = names_exactly(answer, episode["answer"])
-            return {"expected": episode["answer"], "other": episode["other"], "right": right}
-        # Its answer may be a sentence.
-        other = episode["other"]
-        (expected,) = (name for name in episode["names"] if name != other)
-        known = self._known.get(condition.removeprefix("adapted_"))
-        if known is None:
-            return {"expected": expected, "other": other, "right": names_only(answer, expected, other)}
-        told = {
-            name: known[concept] for name, concept in zip(episode["names"], episode["concepts"], strict=True)
-        }
-        right = names_exactly(answer, told[expected])
-        return {"expected": told[expected], "other": told[other], "right": right}

@@ -19,6 +19,8 @@ from typing import Any
 
 import httpx
 
+from mmicl_core.config.evaluate import AskedModel
+from mmicl_core.config.evaluation_tasks import NamingConfig
 from mmicl_core.config.run import RunConfig, load_run
 from mmicl_core.data.files import write_atomic
 from mmicl_core.data.storage import PictureReader
@@ -26,7 +28,8 @@ from mmicl_core.evaluation.metrics import names_only
 from mmicl_core.evaluation.pages import data_uri
 from mmicl_core.evaluation.report import ShownEpisode, accuracy_table, render_report
 from pipelines.episodes import build_episodes, corpus_counts, describe, read_episodes
-from pipelines.evaluate import evaluate, evaluation_episodes
+from pipelines.evaluate import evaluate
+from pipelines.questions import asked_episodes
 from pipelines.serve import app
 from pipelines.stages import Stage, read_manifest
 from pipelines.train import RESULT, train
@@ -58,8 +61,7 @@ def quickstart(output: Path, recipe: Path | None = None) -> dict[str, Any]:
     with clock.step("evaluate on held-out concepts"):
         rows = _evaluate(run, trained, root)
     with clock.step("serve and ask"):
-        held_out = evaluation_episodes(source, run, run.evaluate.shots_per_class[0], root)
-        episode = read_episodes(held_out.folder)[0]
+        episode = read_episodes(asked_episodes(NamingConfig(), source, run, root).folder)[0]
         reader = source.described.corpus.pictures(source.described.pairs.folder)
         served, shown = _serve_and_ask(run, trained, episode, reader, root)
     report = {
@@ -91,13 +93,38 @@ class _Clock:
 
 
 def _evaluate(run: RunConfig, trained: Stage, root: Path) -> dict[str, Any]:
-    """The first row of the evaluation with the adapter just trained, and the shipped one beside it."""
-    (row,) = evaluate(_with_evaluation(run, adapter=str(trained.folder / RESULT)), root)[:1]
-    shipped = _with_evaluation(run, adapter=SHIPPED_ADAPTER, conditions=("adapted",))
-    (shipped_row,) = evaluate(shipped, root)[:1]
-    scores = row["conditions"] | {"shipped": shipped_row["conditions"]["adapted"]}
-    about = {"shots_per_class": row["shots_per_class"], "queries": row["queries"]}
-    return {"evaluation": about | scores, "tokens": row["tokens"]}
+    """The adapter just trained beside the plain model, and the shipped one."""
+    asked = evaluate(_with_evaluation(run, adapter=str(trained.folder / RESULT)), root)
+    (task,), most = asked["tasks"], max(run.evaluate.shots)
+    shipped = (AskedModel(name="shipped", adapter=SHIPPED_ADAPTER),)
+    changes = {"models": shipped, "shots": (most,), "controls": ()}
+    (beside,) = evaluate(_with_evaluation(run, **changes), root)["tasks"]
+    none, full, adapted = (_point(task, *place) for place in (("full", 0), ("full", most), ("adapted", most)))
+    swapped = next(one for one in task["controls"] if (one["model"], one["control"]) == ("full", "swapped"))
+    scores = {
+        "zero_shot": none,
+        "full": full,
+        "adapted": adapted,
+        "shipped": _point(beside, "shipped", most),
+        "swapped": swapped,
+    }
+    told = {
+        name: {"accuracy": score["value"], "low": score["low"], "high": score["high"]}
+        for name, score in scores.items()
+    }
+    tokens = {
+        f"demonstration_{name}": (scores[name]["prompt_tokens"] - none["prompt_tokens"]) / most
+        for name in ("full", "adapted")
+    }
+    about = {"shots": most, "queries": task["queries"], "folder": asked["folder"]}
+    return {"evaluation": about | told, "tokens": tokens}
+
+
+def _point(task: Mapping[str, Any], model: str, shots: int) -> Mapping[str, Any]:
+    (curve,) = (curve for curve in task["curves"] if curve["model"] == model)
+    (point,) = (point for point in curve["points"] if point["shots"] == shots)
+    found: Mapping[str, Any] = point
+    return found
 
 
 def _with_evaluation(run: RunConfig, **changes: Any) -> RunConfig:
@@ -187,7 +214,7 @@ def _free_port() -> int:
 
 def _print_table(report: Mapping[str, Any], output: Path) -> None:
     evaluation, tokens, serve = report["evaluation"], report["tokens"], report["serve"]
-    lines = [f"\n{evaluation['queries']} held-out questions, {evaluation['shots_per_class']} shots per class"]
+    lines = [f"\n{evaluation['queries']} held-out questions, {evaluation['shots']} demonstrations each"]
     for label, accuracy, interval in accuracy_table(evaluation):
         lines.append(f"  {label:<34} {accuracy}   95 % interval {interval}")
     lines += [

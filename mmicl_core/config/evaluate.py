@@ -2,91 +2,156 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from mmicl_core.config.base import Config
-from mmicl_core.config.episodes import Part
+from mmicl_core.config.evaluation_tasks import NamingConfig, TaskSettings
 
-__all__ = ["ADAPTED", "Condition", "EvaluateConfig"]
+__all__ = ["PRESETS", "AskedModel", "Choice", "Control", "EvaluateConfig"]
 
-Condition = Literal[
-    "zero_shot",
-    "full",
-    "swapped",
-    "true_name",
-    "kind",
-    "adapted_zero_shot",
-    "adapted",
-    "adapted_swapped",
-    "adapted_kind",
-    "mixed",
-]
-ASKED_OF_ANY_TASK: tuple[Condition, ...] = ("zero_shot", "full", "adapted_zero_shot", "adapted")
-ADAPTED: tuple[Condition, ...] = (
-    "adapted_zero_shot",
-    "adapted",
-    "adapted_swapped",
-    "adapted_kind",
-    "mixed",
-)
-"""Conditions that ask the model with its adapter."""
+Control = Literal["shuffled", "swapped", "blank", "other", "reversed", "query_rule"]
+Choice = Literal["random", "fixed", "similar", "hard"]
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "open_flamingo": {
+        "shots": (0, 4, 8, 16, 32),
+        "seed": 42,
+        "pool": 2048,
+        "style": "open_flamingo",
+    },
+}
+
+
+SHIPPED = "embedded:nano_aim"
+
+
+class AskedModel(Config):
+    """A model that is asked, beside others on the same questions."""
+
+    name: str
+    """What tables and charts call it."""
+
+    adapter: str | None = None
+    """Folder of what was trained; None asks the backbone as it is, with demonstrations written out."""
+
+    seeds: tuple[str, ...] = ()
+    """Folders of the same, trained from other seeds: scores are means over all of them, with their spread."""
+
+    raw: int = Field(default=0, ge=0)
+    """Of a method that fuses demonstrations, how many of the last ones are written out behind the others."""
+
+    endpoint: str | None = None
+    """An OpenAI-compatible server to ask in place of the backbone, such as `http://localhost:8000/v1`; the
+    environment variable OPENAI_API_KEY holds its key."""
+
+    served_model: str | None = None
+    """What the server calls the model."""
+
+    @model_validator(mode="after")
+    def _is_asked_in_one_way(self) -> Self:
+        if (self.endpoint is None) != (self.served_model is None):
+            raise ValueError(
+                f"model {self.name!r}: endpoint ({self.endpoint!r}) and served_model ({self.served_model!r}) "
+                "belong together: give both, or neither"
+            )
+        if self.endpoint is not None and (self.adapter is not None or self.raw):
+            raise ValueError(
+                f"model {self.name!r} is asked at {self.endpoint}, which applies its own adapter: leave "
+                "adapter and raw out"
+            )
+        if self.adapter is None and (self.seeds or self.raw):
+            raise ValueError(
+                f"model {self.name!r} has seeds or raw, which are of an adapter, but adapter is None: name "
+                "its folder"
+            )
+        return self
 
 
 class EvaluateConfig(Config):
     """Answering from demonstrations."""
 
-    task: Literal["two_way", "kind"] = "two_way"
-    """What is asked: which of two made-up names a novel concept has, or what kind of thing a picture shows,
-    where one demonstration is of its kind."""
+    preset: Literal["open_flamingo"] | None = None
+    """OpenFlamingo's shots, wording, seed and pool of 2,048; its 0 shots are two demonstrations without their
+    pictures. Answers are greedy, where its own are of three beams. What is given beside it goes first."""
+
+    tasks: tuple[TaskSettings, ...] = Field(default=(NamingConfig(),), min_length=1)
+    """What is asked."""
+
+    adapter: str | None = SHIPPED
+    """Folder of what was trained, asked as `adapted` beside the backbone as it is, which is `full`."""
+
+    models: tuple[AskedModel, ...] = ()
+    """Who is asked instead, where that is not enough: each on the same questions with the same
+    demonstrations."""
+
+    shots: tuple[int, ...] = Field(default=(0, 8), min_length=1)
+    """Demonstrations of a prompt, all classes together; each number is asked."""
+
+    demonstrations: Choice = "random"
+    """How they are chosen where a task leaves it open: `random` for each query, `fixed` for all, the most
+    `similar` pictures with the nearest last (RICES), or `hard`, similar ones with other answers. The last two
+    compare pictures by the run's embedder."""
+
+    controls: tuple[Control, ...] = ("swapped",)
+    """Changes of the demonstrations that tell learning from formatting, each at the largest number of
+    shots."""
+
+    style: Literal["chat", "open_flamingo"] = "chat"
+    """Whose wording tasks have."""
 
     queries: int = Field(default=200, ge=1)
-    """Episodes asked."""
+    """Questions of each task, drawn by the seed where it has more."""
 
-    shots_per_class: tuple[int, ...] = (4,)
-    """Demonstrations of each of two classes, or half of all those of `kind`; one table row for each
-    number."""
+    pool: int | None = Field(default=None, ge=1)
+    """Answered items that random demonstrations are drawn from, drawn by the seed; None takes all."""
 
-    part: Part = "held_out_concepts"
-    """Pictures that the queries come from."""
-
-    conditions: tuple[Condition, ...] = ("zero_shot", "full", "adapted", "swapped")
-    """What the model is shown: nothing, full demonstrations, or these with the two names swapped. `true_name`
-    and `kind` show nothing and ask what the model knows the picture as. With an adapter: `adapted_zero_shot`,
-    `adapted`, `adapted_swapped` and `adapted_kind`, the same as the adapter takes them, and `mixed`, the last
-    demonstration written out in full behind the others."""
-
-    adapter: str | None = "embedded:nano_aim"
-    """Folder of the adapter behind the adapted conditions."""
-
-    max_new_tokens: int = Field(default=12, ge=1)
-    """Tokens of an answer, greedily chosen, before it is cut."""
+    timed: int = Field(default=8, ge=0)
+    """Questions that are asked once more, one at a time, to measure time and memory; 0 measures none."""
 
     batch: int = Field(default=32, ge=1)
-    """Queries answered at once."""
+    """Questions answered at once."""
 
     num_workers: int = Field(default=2, ge=1)
     """Processes that evaluate side by side."""
 
     seed: int = 1
-    """Seeds the episodes."""
+    """Seeds questions, demonstrations, controls and the bootstrap."""
+
+    @property
+    def asked(self) -> tuple[AskedModel, ...]:
+        """Everybody who is asked."""
+        adapted = (AskedModel(name="adapted", adapter=self.adapter),) if self.adapter is not None else ()
+        return self.models or (AskedModel(name="full"), *adapted)
 
     @model_validator(mode="after")
-    def _task_has_the_conditions(self) -> Self:
-        others = [condition for condition in self.conditions if condition not in ASKED_OF_ANY_TASK]
-        if self.task != "two_way" and others:
+    def _adapter_is_asked(self) -> Self:
+        if self.models and self.adapter not in (SHIPPED, None):
             raise ValueError(
-                f"conditions {others} are of the task 'two_way', but task is {self.task!r}: ask "
-                f"{', '.join(ASKED_OF_ANY_TASK)}"
+                f"evaluate.adapter is {self.adapter!r}, but evaluate.models say who is asked: put it there"
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_comes_first(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("preset") in PRESETS:
+            return {**PRESETS[given["preset"]], **given}
+        return given
+
     @model_validator(mode="after")
-    def _adapted_has_an_adapter(self) -> Self:
-        if self.adapter is None and any(condition in ADAPTED for condition in self.conditions):
+    def _names_are_unique(self) -> Self:
+        names = [model.name for model in self.asked]
+        if len(set(names)) < len(names):
+            raise ValueError(f"evaluate.models are called {names}: give each its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _shots_ascend(self) -> Self:
+        if list(self.shots) != sorted(set(self.shots)) or self.shots[0] < 0:
             raise ValueError(
-                f"conditions {list(self.conditions)} ask the model with its adapter, but adapter is None: "
-                f"name the folder of one, or leave {', '.join(ADAPTED)} out"
+                f"evaluate.shots are {list(self.shots)}: name each number once, in order, from 0"
             )
         return self

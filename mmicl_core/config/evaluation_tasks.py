@@ -21,6 +21,7 @@ __all__ = [
     "PopeConfig",
     "SnliVeConfig",
     "TaskSettings",
+    "TrueNamesConfig",
     "VlIclConfig",
     "VqaConfig",
     "VsrConfig",
@@ -44,6 +45,12 @@ class KindsConfig(_OfCorpus):
     type: Literal["kind"] = "kind"
 
 
+class TrueNamesConfig(_OfCorpus):
+    """What the corpus itself calls what a picture shows; nothing is demonstrated."""
+
+    type: Literal["true_name"] = "true_name"
+
+
 class _OfFiles(Config):
     folder: str
     """Where the data set lies, in its published layout."""
@@ -54,6 +61,7 @@ class IsekaiConfig(_OfFiles):
 
     type: Literal["isekai"] = "isekai"
     split: Literal["ten", "pair"] = "ten"
+    """`ten` sets novel concepts against real ones, `pair` against each other."""
 
 
 class ImageNetPairsConfig(_OfFiles):
@@ -74,6 +82,7 @@ class VlIclConfig(_OfFiles):
         "textocr",
         "matching_mi",
     ] = "open_mi"
+    """Which task; `mmicl_core.evaluation.tasks.vl_icl` says what each asks."""
 
 
 class VqaConfig(_OfFiles):
@@ -81,6 +90,7 @@ class VqaConfig(_OfFiles):
 
     type: Literal["vqa"] = "vqa"
     dataset: Literal["vqav2", "ok_vqa", "vizwiz", "textvqa"] = "vqav2"
+    """Whose questions."""
 
 
 class CaptionsConfig(_OfFiles):
@@ -88,6 +98,7 @@ class CaptionsConfig(_OfFiles):
 
     type: Literal["captions"] = "captions"
     dataset: Literal["coco", "flickr30k"] = "coco"
+    """Whose pictures, in Karpathy's split."""
 
 
 class HatefulMemesConfig(_OfFiles):
@@ -107,6 +118,7 @@ class VsrConfig(_OfFiles):
 
     type: Literal["vsr"] = "vsr"
     split: Literal["random", "zeroshot"] = "random"
+    """Whether concepts of the test are also trained on."""
 
 
 class SnliVeConfig(_OfFiles):
@@ -114,6 +126,7 @@ class SnliVeConfig(_OfFiles):
 
     type: Literal["snli_ve"] = "snli_ve"
     split: Literal["dev", "test"] = "test"
+    """Which file has the queries."""
 
 
 class PopeConfig(_OfFiles):
@@ -121,6 +134,7 @@ class PopeConfig(_OfFiles):
 
     type: Literal["pope"] = "pope"
     split: Literal["random", "popular", "adversarial"] = "adversarial"
+    """How objects that are not there were chosen."""
 
 
 class ClassificationConfig(_OfFiles):
@@ -128,11 +142,13 @@ class ClassificationConfig(_OfFiles):
 
     type: Literal["classification"] = "classification"
     dataset: Literal["cifar10", "cifar100", "mnist"] = "cifar10"
+    """Whose pictures and classes."""
 
 
 TaskSettings = Annotated[
     NamingConfig
     | KindsConfig
+    | TrueNamesConfig
     | IsekaiConfig
     | ImageNetPairsConfig
     | VlIclConfig

@@ -47,10 +47,15 @@ def replace_directory(source: Path, target: Path) -> None:
         shutil.rmtree(retired, ignore_errors=True)
 
 
-def folder_digest(folder: Path, suffixes: tuple[str, ...]) -> str:
-    """Sixteen hex digits that name the files of a folder that end in `suffixes`, by name and content."""
+def folder_digest(folder: Path, suffixes: tuple[str, ...], without: tuple[str, ...] = ()) -> str:
+    """Sixteen hex digits that name the files of a folder that end in `suffixes`, by name and content.
+
+    Args:
+        without: names of files that do not count.
+    """
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in suffixes):
+    counted = (path for path in folder.iterdir() if path.suffix in suffixes and path.name not in without)
+    for path in sorted(counted):
         digest.update(f"{path.name} {file_digest(path)}\n".encode())
     return digest.hexdigest()[:16]
 

@@ -188,6 +188,10 @@ class PictureReader:
         self._places = places
         self._open = OrderedDict[str, Any]()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files stay behind where a reader travels to another process.
+        return {"_places": self._places, "_open": OrderedDict()}
+
     def read(self, image: Mapping[str, Any]) -> bytes:
         """The encoded bytes of a picture.
 

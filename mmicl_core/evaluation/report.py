@@ -48,8 +48,8 @@ def accuracy_table(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def render_report(report: Mapping[str, Any], episode: ShownEpisode) -> str:
     """The page as HTML, pictures inside."""
     evaluation, tokens = report["evaluation"], report["tokens"]
-    shots = evaluation["shots_per_class"]
-    prompt = {kind: 2 * shots * tokens[f"demonstration_{kind}"] for kind in ("full", "adapted")}
+    shots = evaluation["shots"]
+    prompt = {kind: shots * tokens[f"demonstration_{kind}"] for kind in ("full", "adapted")}
     ratio = tokens["demonstration_full"] / tokens["demonstration_adapted"]
     bars = [
         _accuracy_bar(CONDITION_LABELS[name], evaluation[name])
@@ -59,12 +59,12 @@ def render_report(report: Mapping[str, Any], episode: ShownEpisode) -> str:
     parts = [
         "<h1>Learning new names from demonstrations</h1>",
         f"<p class=lead>{evaluation['queries']} questions about held-out concepts, {shots} demonstrations "
-        "of each of two look-alike concepts, names made up for each episode.</p>",
+        "of two look-alike concepts, names made up for each episode.</p>",
         "<h2>The episode that the server was asked about</h2>",
         _episode(episode),
         "<h2>Accuracy, with its 95 % interval</h2>",
         bar_chart(bars, CHANCE),
-        f"<h2>Prompt tokens of the {2 * shots} demonstrations: {ratio:.1f} times fewer</h2>",
+        f"<h2>Prompt tokens of the {shots} demonstrations: {ratio:.1f} times fewer</h2>",
         bar_chart(_token_bars(prompt)),
         "<h2>The run</h2>",
         facts_table(_facts(report)),

@@ -119,7 +119,8 @@ def adapter_identity(folder: Path) -> str:
     """
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(f"{folder} holds no adapter: it has no {CONFIG_FILE}")
-    return folder_digest(folder, (".json", ".safetensors"))
+    # A card tells how good the adapter is, and is no part of it.
+    return folder_digest(folder, (".json", ".safetensors"), without=("card.json",))
 
 
 def _fits(method: Trained) -> dict[str, Any]:

@@ -49,22 +49,27 @@ def test_episodes_verb_prints_its_manifest_and_leaves_no_process(corpus, tmp_pat
 
 
 def test_evaluate_verb_asks_what_the_model_knows_a_picture_as(corpus, tmp_path):
-    asked = ["--evaluate.part", "train", "--evaluate.conditions", '["true_name"]', "--evaluate.queries", "4"]
-    few = ["--evaluate.shots_per_class", "[1]", "--output", str(tmp_path)]
+    asked = ["--evaluate.tasks", '[{"type": "true_name", "part": "train"}]', "--evaluate.queries", "4"]
+    few = ["--evaluate.shots", "[0]", "--evaluate.adapter", "none", "--output", str(tmp_path)]
     with Command("evaluate", "--corpus.path", corpus, *asked, *few) as command:
         code, out, err = command.end()
         assert code == 0, err
-    (row,) = json.loads(out)
-    assert (row["part"], row["queries"], list(row["conditions"])) == ("train", 4, ["true_name"])
-    (predictions,) = tmp_path.glob("evaluate-*/predictions.parquet")
+    results = json.loads(out)
+    (task,) = results["tasks"]
+    assert (task["task"], task["queries"], [curve["model"] for curve in task["curves"]]) == (
+        "true_name",
+        4,
+        ["full"],
+    )
     (episodes,) = tmp_path.glob("episodes-*")
     true_name = {
         pair["picture"]: pair["name"] for pair in pair_rows() if pair["concept"] not in TINY_HELD_OUT
     }
-    answers = {answer["episode"]: answer for answer in pq.read_table(predictions).to_pylist()}
+    predictions = pq.read_table(Path(results["folder"]) / "predictions.parquet").to_pylist()
+    answers = {answer["question"]: answer for answer in predictions}
     for episode in read_episodes(episodes):
-        answer, query = answers.pop(episode["episode"]), episode["turns"][-1]["picture"]
-        assert answer["expected"] == true_name[query.partition("/")[2]] != answer["other"]
+        answer, query = answers.pop(episode["id"]), episode["turns"][-1]["picture"]
+        assert answer["expected"] == [true_name[query.partition("/")[2]]]
     assert not answers
 
 

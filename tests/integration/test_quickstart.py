@@ -15,7 +15,7 @@ RECIPE = """
 episodes:
   stages: [{episodes: 16, min_shots_of_both_classes: 2, max_shots_of_both_classes: 2}]
 train: {steps: 4, global_batch: 4, micro_batch: 2}
-evaluate: {queries: 8, shots_per_class: [2]}
+evaluate: {queries: 8, shots: [0, 4]}
 """
 SCORES = ("zero_shot", "full", "adapted", "shipped", "swapped")
 
@@ -53,7 +53,7 @@ def test_report_holds_what_every_part_measured(report):
     assert (train["steps"], train["world_size"], train["zero_stage"]) == (4, 2, 3)
     assert train["partition"]["shard_elements"] * 2 == train["partition"]["full_elements"]
     assert report["evaluation"]["queries"] == 8
-    assert report["evaluation"]["shots_per_class"] == 2
+    assert report["evaluation"]["shots"] == 4
     for name in SCORES:
         score = report["evaluation"][name]
         assert 0 <= score["low"] <= score["accuracy"] <= score["high"] <= 1

@@ -40,7 +40,7 @@ def test_recipe_that_does_not_exist_lists_those_that_do():
 
 @pytest.mark.parametrize("text", ["1,2,4", "[1, 2, 4]"])
 def test_list_is_written_with_commas_or_brackets(text):
-    assert parse("--evaluate.shots_per_class", text).run.evaluate.shots_per_class == (1, 2, 4)
+    assert parse("--evaluate.shots", text).run.evaluate.shots == (1, 2, 4)
 
 
 def test_nested_list_is_written_as_json():
@@ -54,8 +54,7 @@ def test_nested_list_is_written_as_json():
 
 
 def test_none_is_written_none():
-    conditions = ("--evaluate.conditions", "full")
-    assert parse("--evaluate.adapter", "none", *conditions).run.evaluate.adapter is None
+    assert parse("--evaluate.adapter", "none").run.evaluate.adapter is None
 
 
 def test_truth_is_written_as_a_value():
@@ -81,7 +80,7 @@ def test_value_may_follow_an_equals_sign():
         (["--train.steps", "abc"], r"train\.steps: .*integer.*\(found 'abc'\)"),
         (["--train.global_batch", "1"], r"global_batch \(1\) must be at least num_workers \(2\)"),
         (["--episodes.stages", "[{"], r"episodes\.stages.*`mmicl train --help`"),
-        (["--evaluate.conditions", "{'a': 1}"], r"evaluate.*double quotes.*`mmicl train --help`"),
+        (["--evaluate.controls", "{'a': 1}"], r"evaluate.*double quotes.*`mmicl train --help`"),
         (
             ["--method.type", "magic"],
             "'magic'.*'aim', 'mmict', 'm2pt', 'lcl', 'lora', 'prompt_tuning', 'mtv', 'supcon'",

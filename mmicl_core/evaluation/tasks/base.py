@@ -145,6 +145,10 @@ class Task(ABC):
     metrics: Sequence[Metric]
     max_new_tokens: int
     """Tokens of an answer before it is cut."""
+    most_shots: int | None = None
+    """Demonstrations that a question has at most; None where that is not limited."""
+    needs_its_own: bool = False
+    """Whether a query has demonstrations of its own, without which it cannot be answered."""
 
     @abstractmethod
     def load(self) -> Questions:
@@ -154,17 +158,22 @@ class Task(ABC):
             DataError: a file is missing, and where it belongs; or it breaks its layout, and where.
         """
 
-    @abstractmethod
     def score(self, item: Item, prediction: Prediction) -> dict[str, float]:
-        """Statistics of one answer, by the same names for every item."""
+        """Statistics of one answer, by the same names for every item; of tasks where it depends on that one
+        alone."""
+        raise NotImplementedError(f"{type(self).__name__} scores all answers together")
 
     def score_all(self, items: Sequence[Item], predictions: Sequence[Prediction]) -> list[dict[str, float]]:
-        """Statistics of all answers, for scores that depend on the whole set of references."""
+        """Statistics of all answers, in their order."""
         return [self.score(item, said) for item, said in zip(items, predictions, strict=True)]
 
     def turn(self, item: Item, style: Style) -> Turn:
         """The item as it is shown, with its answer."""
         return Turn(item.pictures, self.words(item, style), item.answer)
+
+    def opening(self, style: Style) -> str:
+        """What stands before the first turn, whatever that is."""
+        return ""
 
     def words(self, item: Item, style: Style) -> str:
         """The question as it is asked."""
@@ -185,6 +194,11 @@ class Task(ABC):
 
     def exchanged(self, query: Item, demonstrations: Sequence[Item]) -> list[Item] | None:
         """The demonstrations with the two answers exchanged; None where there are not two."""
+        return None
+
+    def counterpart(self, query: Item, demonstrations: Sequence[Item]) -> tuple[Item, list[Item]] | None:
+        """Another query, which the same rule answers differently, with its demonstrations: what is answered
+        without a look at the query is wrong once. None where there is no such query."""
         return None
 
 

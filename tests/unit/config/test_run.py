@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from mmicl_core.config.evaluate import ADAPTED
 from mmicl_core.config.model import AimConfig, LclConfig
 from mmicl_core.config.run import RunConfig, load_run
 from mmicl_core.errors import ConfigError
@@ -139,7 +138,7 @@ def test_mistake_in_an_override_names_the_command_line(tmp_path):
         ({"episodes": {"tasks": [{"type": "instruction"}]}}, "method aim .* hold 'instruction'"),
         ({"episodes": {"part": "test"}}, "'train', .*'held_out_concepts' or 'held_out_style'"),
         ({"train": {"learning_rate": 0}}, "greater than 0 .found 0"),
-        ({"evaluate": {"conditions": ["none"]}}, "found 'none'"),
+        ({"evaluate": {"controls": ["none"]}}, "found 'none'"),
         ({"serve": {"port": 70000}}, "found 70000"),
         ({"corpus": None}, "corpus"),
     ],
@@ -172,13 +171,43 @@ def test_pairs_that_a_batch_would_split_are_refused(train):
     RunConfig.model_validate({"method": {"type": "aim"}, "train": train})
 
 
-def test_adapted_conditions_without_an_adapter_are_refused():
-    with pytest.raises(ValidationError, match="adapter is None"):
-        RunConfig.model_validate({"evaluate": {"adapter": None}})
-    for condition in ADAPTED:
-        with pytest.raises(ValidationError, match=f"{condition}'.* adapter is None: name the folder"):
-            RunConfig.model_validate({"evaluate": {"adapter": None, "conditions": ["full", condition]}})
-    RunConfig.model_validate({"evaluate": {"adapter": None, "conditions": ["full"]}})
+@pytest.mark.parametrize(
+    ("evaluate", "told"),
+    [
+        ({"models": [{"name": "a"}, {"name": "a"}]}, r"called \['a', 'a'\]: give each its own name"),
+        ({"models": [{"name": "a", "endpoint": "http://x/v1"}]}, "served_model .* belong together"),
+        (
+            {"models": [{"name": "a", "endpoint": "http://x/v1", "served_model": "m", "raw": 1}]},
+            "leave adapter and raw out",
+        ),
+        ({"models": [{"name": "a", "raw": 1}]}, "adapter is None: name its folder"),
+        ({"models": [{"name": "a"}], "adapter": "folder"}, "say who is asked: put it there"),
+        ({"shots": [4, 2]}, r"shots are \[4, 2\]: name each number once, in order"),
+        ({"controls": ["upside_down"]}, "upside_down"),
+        ({"tasks": []}, "at least 1"),
+    ],
+)
+def test_evaluation_that_contradicts_itself_is_refused(evaluate, told):
+    with pytest.raises(ValidationError, match=told):
+        RunConfig.model_validate({"evaluate": evaluate})
+
+
+def test_evaluation_asks_the_backbone_and_the_adapter_unless_models_are_named():
+    def names(**evaluate: Any) -> list[str]:
+        run = RunConfig.model_validate({"evaluate": evaluate})
+        again = RunConfig.model_validate(run.model_dump(mode="json"))
+        assert again == run
+        return [model.name for model in run.evaluate.asked]
+
+    assert names() == names(adapter="folder") == ["full", "adapted"]
+    assert names(adapter=None) == ["full"]
+    assert names(models=[{"name": "other"}]) == ["other"]
+
+
+def test_preset_of_an_evaluation_gives_way_to_what_is_set_beside_it():
+    run = RunConfig.model_validate({"evaluate": {"preset": "open_flamingo", "shots": [0, 2]}})
+    assert (run.evaluate.shots, run.evaluate.style, run.evaluate.pool) == ((0, 2), "open_flamingo", 2048)
+    assert RunConfig.model_validate(run.model_dump(mode="json")) == run
 
 
 @pytest.mark.parametrize(

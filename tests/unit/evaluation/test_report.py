@@ -24,7 +24,7 @@ def report() -> dict[str, Any]:
             "loss_first": 2.0,
             "loss_last": 1.0,
         },
-        "evaluation": {"shots_per_class": 4, "queries": 20} | dict.fromkeys(CONDITION_LABELS, score),
+        "evaluation": {"shots": 8, "queries": 20} | dict.fromkeys(CONDITION_LABELS, score),
         "tokens": {"demonstration_full": 31.0, "demonstration_adapted": 6.0},
         "serve": {"answer": "bako", "expected": "bako", "ttft_ms_full": 20.0, "ttft_ms_pack": 9.0},
         "seconds": {"train": 12.0},
