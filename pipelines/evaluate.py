@@ -31,7 +31,9 @@ from mmicl_core.errors import ConfigError
 from mmicl_core.evaluation.answering import Reply, Request, key_of, request_of
 from mmicl_core.evaluation.cells import Cell, Layout, lay_out
 from mmicl_core.evaluation.controls import BLANK
+from mmicl_core.evaluation.demonstrations import Alike
 from mmicl_core.evaluation.summary import Scored, summarise
+from mmicl_core.evaluation.tasks.base import Questions
 from mmicl_core.methods import read_settings
 from mmicl_core.methods.adapter import adapter_identity
 from pipelines.answers import AnswerStore, Asked, ask, measure
@@ -41,6 +43,7 @@ from pipelines.episodes import describe
 from pipelines.materials import NEW_NANO, open_backbone
 from pipelines.progress import counting
 from pipelines.questions import open_task
+from pipelines.similar import rank_by_similarity
 from pipelines.stages import Stage
 
 __all__ = ["PREDICTIONS_FILE", "RESULTS_FILE", "evaluate"]
@@ -156,8 +159,13 @@ def _backbone(run: RunConfig, root: Path) -> Path:
 
 
 def _cells(settings: TaskSettings, run: RunConfig, root: Path) -> _Cells:
-    task = open_task(settings, run, root)
-    layout, label = lay_out(task, run.evaluate), _label(settings)
+    task, label = open_task(settings, run, root), _label(settings)
+
+    def similar(questions: Questions) -> Alike:
+        return rank_by_similarity(questions, label, run, root)
+
+    compared = run.evaluate.demonstrations in ("similar", "hard")
+    layout = lay_out(task, run.evaluate, similar if compared else None)
     for reason, count in layout.left_out.items():
         log.info("%s: left out %d, as %s", label, count, reason)
     requests = tuple(

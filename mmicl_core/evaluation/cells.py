@@ -69,7 +69,7 @@ def lay_out(
     questions = replace(
         read, queries=sampled(read.queries, config.queries, config.seed, "queries"), pool=pool
     )
-    shots, left_out = _possible_shots(task, config)
+    shots, left_out = _possible_shots(task, config, len(questions.queries))
     alike = similar(questions) if similar is not None and max(shots) and pool else None
     cells = [_cell(task, questions, config, count, alike) for count in shots]
     whole = cells[-1]
@@ -87,7 +87,7 @@ def _pool(read: Questions, config: EvaluateConfig) -> list[Item]:
     return sampled(read.pool, config.pool, config.seed, "pool")
 
 
-def _possible_shots(task: Task, config: EvaluateConfig) -> tuple[list[int], dict[str, int]]:
+def _possible_shots(task: Task, config: EvaluateConfig, queries: int) -> tuple[list[int], dict[str, int]]:
     most = task.most_shots
     possible = [count for count in config.shots if most is None or count <= most]
     if not possible:
@@ -95,7 +95,8 @@ def _possible_shots(task: Task, config: EvaluateConfig) -> tuple[list[int], dict
             f"task {task.name} takes at most {most} demonstrations, but evaluate.shots are "
             f"{list(config.shots)}: add {most}"
         )
-    return possible, {f"{count} shots are too many": 1 for count in config.shots if count not in possible}
+    asked = min(config.queries, queries)
+    return possible, {f"{count} shots are too many": asked for count in config.shots if count not in possible}
 
 
 def _cell(task: Task, questions: Questions, config: EvaluateConfig, shots: int, alike: Alike | None) -> Cell:

@@ -19,7 +19,7 @@ from statistics import NormalDist, mean, stdev
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest  # type: ignore[import-untyped]
+from scipy.stats import binomtest
 
 from mmicl_core.errors import DataError
 from mmicl_core.evaluation.metrics import wilson_interval

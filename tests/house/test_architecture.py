@@ -73,6 +73,12 @@ LIBRARY_HOMES = {
     "protego": ("mmicl_core.data.courtesy",),
     "imagehash": ("mmicl_core.data.look",),
     "wandb": ("pipelines.trackers",),
+    "matplotlib": ("mmicl_core.evaluation.drawing", "mmicl_core.evaluation.charts"),
+    "scipy": ("mmicl_core.evaluation.statistics",),
+    "sklearn": ("mmicl_core.evaluation.tasks.hateful_memes",),
+    "nltk": ("mmicl_core.evaluation.tasks.captions",),
+    "pycocoevalcap": ("mmicl_core.evaluation.tasks.captions",),
+    "openai": ("mmicl_core.evaluation.endpoint",),
     "mlflow": ("pipelines.trackers",),
 }
 

@@ -38,8 +38,8 @@ def test_pins_are_versions_and_nothing_else():
 def test_every_module_that_is_imported_at_run_time_is_a_dependency_or_a_pinned_one():
     # Distributions whose import name differs; everything else is called as it is imported.
     called = {"yaml": "pyyaml", "PIL": "pillow", "resvg_py": "resvg-py", "starlette": "fastapi"}
-    called["faiss"] = "faiss-cpu"
-    optional = {"resvg-py", "spacy", "wandb", "mlflow"}
+    called |= {"faiss": "faiss-cpu", "sklearn": "scikit-learn"}
+    optional = {"resvg-py", "spacy", "wandb", "mlflow", "nltk", "pycocoevalcap"}
     known = {plain(re.match(r"[\w.-]+", text)[0]) for text in PROJECT["dependencies"]} | optional
     imported = set()
     for package in ("mmicl_core", "pipelines", "cluster"):

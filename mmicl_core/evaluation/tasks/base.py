@@ -119,7 +119,8 @@ class Metric:
 
     name: str
     of: Callable[[Columns, Numbers], float]
-    """Takes the statistics and the weight of each answer, most often 1."""
+    """Takes the statistics and the weight of each answer, most often 1; not a number where it is not
+    defined."""
     scale: float = 100.0
     """What it is multiplied with to be shown, as papers show it."""
     chance: float | None = None
@@ -181,7 +182,7 @@ class Task(ABC):
 
     def demonstrations(self, query: Item, shots: int, rng: random.Random) -> list[Item] | None:
         """Demonstrations that the data set gives a query, the last one next to it; None where they are chosen
-        from the pool.
+        out of the pool.
 
         Raises:
             DataError: it gives fewer.

@@ -44,7 +44,7 @@ def roc_auc(columns: Columns, weights: Numbers) -> float:
     if not weights[hateful].any() or not weights[~hateful].any():
         return float("nan")
     # Takes longer to import than all else that reads and scores the data set.
-    from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
+    from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(hateful, columns["score"], sample_weight=weights))
 

@@ -251,6 +251,21 @@ def test_comparison_tells_its_sign_its_test_and_what_it_could_have_found(card, p
     assert "< 0.001" in said and "3.7" not in said
 
 
+def test_comparison_of_two_numbers_of_shots_tells_both(card, pictures) -> None:
+    found = card["tasks"][0]["comparisons"]
+    found.append(found[0] | {"first": "lcl", "first_shots": 0})
+    found.append(found[0] | {"first_shots": 8, "best_of_each": True})
+    said = told(render_card(card, pictures))
+    assert "0 \u2192 4" in said and "best: 8 \u2192 4" in said
+    assert said.count("\u2192 lcl") == 2
+
+
+def test_what_was_left_out_is_told_with_its_reason(card, pictures) -> None:
+    card["tasks"][0]["left_out"] = {"swapped does not apply": 1012}
+    said = told(render_card(card, pictures)).replace("\n", "")
+    assert "Left out: swapped does not apply (1,012)." in said
+
+
 def test_comparisons_are_told_how_many_they_are(card, pictures) -> None:
     card["tasks"][0]["comparisons"] *= 10
     assert "of 10 comparisons, those below 0.005" in told(render_card(card, pictures))

@@ -63,6 +63,17 @@ def test_metric_of_zeros_and_ones_that_is_no_mean_of_them_is_bootstrapped() -> N
     assert found.low < found.value < found.high
 
 
+def test_mean_of_subtasks_is_no_share_although_its_value_is_one() -> None:
+    def of(columns: Columns, weights: Numbers) -> float:
+        halves = [slice(0, 20), slice(20, 40)]
+        return float(np.mean([np.average(columns["right"][half], weights=weights[half]) for half in halves]))
+
+    columns = {"right": np.random.default_rng(0).integers(2, size=40).astype(float)}
+    found = interval_of(Metric("by subtask", of), columns, alone(40), seed=0)
+    assert found.value == columns["right"].mean()
+    assert (found.low, found.high) != wilson_interval(int(columns["right"].sum()), 40)
+
+
 def test_interval_agrees_with_the_percentile_bootstrap_of_scipy() -> None:
     values = np.random.default_rng(1).exponential(size=80)
     found = interval_of(SCORE, {"score": values}, alone(80), seed=0, draws=4000, confidence=0.9)
