@@ -88,7 +88,7 @@ def _queries(cell: Cell) -> list[str]:
 
 
 def test_all_cells_have_the_same_queries_in_the_same_order() -> None:
-    controls = ("shuffled", "swapped", "blank", "other", "reversed")
+    controls = ("swapped", "blank", "other", "reversed")
     layout = _laid_out(Pooled(queries=20), shots=(0, 2, 4), controls=controls, queries=7)
     plain = [(0, None), (2, None), (4, None)]
     assert _told(layout) == [*plain, *((4, control) for control in controls)]
@@ -141,7 +141,7 @@ def test_larger_number_of_shots_adds_to_the_smaller() -> None:
 def test_shots_that_a_task_cannot_take_are_left_out_and_counted() -> None:
     layout = _laid_out(Pooled(most_shots=4), shots=(0, 4, 8, 16), controls=("blank",))
     assert _told(layout) == [(0, None), (4, None), (4, "blank")]
-    assert layout.left_out == {"8 shots are too many": 1, "16 shots are too many": 1}
+    assert layout.left_out == {"8 shots are too many": 6, "16 shots are too many": 6}
 
 
 def test_task_that_takes_none_of_the_shots_says_what_it_takes() -> None:
@@ -245,10 +245,8 @@ def test_similar_demonstrations_are_the_first_of_a_ranking_of_the_whole_pool(
     )
 
 
-@pytest.mark.parametrize(("how", "shots", "task"), [("random", 2, Pooled()), ("similar", 0, Pooled())])
-def test_nothing_is_compared_where_no_similar_demonstrations_are_shown(
-    how: str, shots: int, task: Task
-) -> None:
+@pytest.mark.parametrize(("how", "shots"), [("random", 2), ("similar", 0)])
+def test_nothing_is_compared_where_no_similar_demonstrations_are_shown(how: str, shots: int) -> None:
     ranking = Ranking([])
-    _laid_out(task, ranking, demonstrations=how, shots=(shots,))
+    _laid_out(similar=ranking, demonstrations=how, shots=(shots,))
     assert not ranking.asked
