@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -202,17 +203,24 @@ def _ask_all(
     replies: dict[str, Reply] = {}
     sources = [cells.layout.questions.pictures for cells in tasks]
     for asked in (one for seeds in models.values() for one in seeds):
-        batches = [
-            (number, dict(zip(keys[start : start + config.batch], some, strict=True)))
-            for number, cells in enumerate(tasks)
-            for keys, requests in zip(cells.keys(asked), cells.requests, strict=True)
-            for start in range(0, len(keys), config.batch)
-            if (some := requests[start : start + config.batch])
-        ]
-        total = len({key for _, requests in batches for key in requests})
+        batches = list(_batches(asked, tasks, config.batch))
+        total = sum(len(requests) for _, requests in batches)
         with counting(f"Asking {asked.name}", total) as counter:
             replies |= ask(asked, batches, sources, store, config.num_workers, counter)
     return replies
+
+
+def _batches(asked: Asked, tasks: Sequence[_Cells], size: int) -> Iterator[tuple[int, dict[str, Request]]]:
+    """Requests by key, each with the number of its task; prompts of one cell together, as they are of about
+    one length, and what several cells ask once."""
+    seen = set[str]()
+    for number, cells in enumerate(tasks):
+        for keys, requests in zip(cells.keys(asked), cells.requests, strict=True):
+            fresh = {key: request for key, request in zip(keys, requests, strict=True) if key not in seen}
+            seen |= fresh.keys()
+            pairs = iter(fresh.items())
+            while some := dict(islice(pairs, size)):
+                yield number, some
 
 
 def _scores(
