@@ -11,6 +11,7 @@ from mmicl_core.config.evaluation_tasks import KindsConfig, NamingConfig, TaskSe
 from mmicl_core.config.run import RunConfig
 from mmicl_core.data.catalogue import Catalogue
 from mmicl_core.data.pictures import images_of
+from mmicl_core.data.wordings import WORDINGS
 from mmicl_core.evaluation.tasks import FILE_TASKS
 from mmicl_core.evaluation.tasks.base import Task
 from mmicl_core.evaluation.tasks.corpus import CorpusPictures, KindTask, TrueNameTask, TwoWayTask
@@ -37,7 +38,7 @@ def open_task(settings: TaskSettings, run: RunConfig, root: Path) -> Task:
     rows = read_episodes(asked_episodes(settings, source, run, root).folder)
     pictures = _pictures(source, rows)
     if isinstance(settings, NamingConfig):
-        return TwoWayTask(rows, pictures)
+        return TwoWayTask(rows, pictures, WORDINGS[_as_trained(run.episodes.tasks).wording].opening)
     if isinstance(settings, KindsConfig):
         return KindTask(rows, pictures)
     concepts = Catalogue(source.catalogue("concept").folder)

@@ -70,7 +70,9 @@ def lay_out(
         read, queries=sampled(read.queries, config.queries, config.seed, "queries"), pool=pool
     )
     shots, left_out = _possible_shots(task, config, len(questions.queries))
-    alike = similar(questions) if similar is not None and max(shots) and pool else None
+    compares = config.demonstrations in ("similar", "hard") and bool(pool)
+    shows = max(shots) or config.style == "open_flamingo"
+    alike = similar(questions) if similar is not None and compares and shows else None
     cells = [_cell(task, questions, config, count, alike) for count in shots]
     whole = cells[-1]
     for control in config.controls:
@@ -118,9 +120,19 @@ def _cell(task: Task, questions: Questions, config: EvaluateConfig, shots: int, 
 
 
 def _changed(task: Task, cell: Cell, control: Control, seed: int) -> Cell:
-    """The queries that the control applies to; each beside the next one, whose demonstrations it may get."""
-    others = (*cell.shown[1:], cell.shown[0])
+    """The queries that the control applies to."""
     changed = (
-        change(task, shown, control, other, seed) for shown, other in zip(cell.shown, others, strict=True)
+        change(task, shown, control, _other(task, cell.shown, place), seed)
+        for place, shown in enumerate(cell.shown)
     )
     return Cell(cell.shots, control, tuple(shown for shown in changed if shown is not None))
+
+
+def _other(task: Task, shown: Sequence[Shown], place: int) -> Shown | None:
+    """The next query with other demonstrations; where queries need their own, with other answers too."""
+    mine = {item.answer for item in shown[place].demonstrations}
+    for other in (*shown[place + 1 :], *shown[:place]):
+        theirs = {item.answer for item in other.demonstrations}
+        if other.demonstrations != shown[place].demonstrations and not (task.needs_its_own and mine & theirs):
+            return other
+    return None

@@ -58,11 +58,11 @@ def expected(control: Control, *, own: bool) -> Direction:
     return "falls"
 
 
-def change(task: Task, shown: Shown, control: Control, other: Shown, seed: int) -> Shown | None:
+def change(task: Task, shown: Shown, control: Control, other: Shown | None, seed: int) -> Shown | None:
     """The same under a control; None where the task, or so few demonstrations, do not have it.
 
     Args:
-        other: another query of the same task with its demonstrations.
+        other: another query of the same task with its demonstrations, which say something else.
         seed: of what is shuffled.
     """
     query, demonstrations = shown.query, shown.demonstrations
@@ -74,11 +74,15 @@ def change(task: Task, shown: Shown, control: Control, other: Shown, seed: int) 
         exchanged = task.exchanged(query, demonstrations)
         return None if exchanged is None else replace(shown, demonstrations=tuple(exchanged))
     if control == "blank":
+        if not any(item.pictures for item in demonstrations):
+            return None
         blank = (
             replace(item, pictures=tuple(BLANK + key for key in item.pictures)) for item in demonstrations
         )
         return replace(shown, demonstrations=tuple(blank))
     if control == "other":
+        if other is None or other.demonstrations == demonstrations:
+            return None
         return replace(shown, demonstrations=other.demonstrations)
     if control == "reversed":
         return replace(shown, demonstrations=demonstrations[::-1]) if len(demonstrations) > 1 else None

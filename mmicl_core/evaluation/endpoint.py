@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from openai import OpenAI, OpenAIError
+from openai.types.chat import ChatCompletion
 
 from mmicl_core.errors import BackboneError
 from mmicl_core.evaluation.answering import Cost, Reply, Request, picture_of
@@ -65,14 +66,16 @@ class EndpointAnswerer:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        begun, moments, usage = time.perf_counter(), list[float](), None
+        begun, moments, usage, arrived = time.perf_counter(), list[float](), None, 0
         try:
             for piece in self._client.chat.completions.create(**asked):
-                usage = piece.usage or usage
+                usage, arrived = piece.usage or usage, arrived + 1
                 if piece.choices and piece.choices[0].delta.content:
                     moments.append(time.perf_counter())
         except OpenAIError as error:
             raise BackboneError(f"{self._url} did not answer as {self._model!r}: {error}") from error
+        if not arrived:
+            raise BackboneError(f"{self._url} did not answer as {self._model!r}: nothing that is a chat came")
         first = moments[0] if moments else time.perf_counter()
         later = moments[-1] - first if len(moments) > 1 else 0.0
         tokens = usage.completion_tokens - 1 if usage is not None else 0
@@ -96,13 +99,18 @@ class EndpointAnswerer:
             reply = self._client.chat.completions.create(**asked)
         except OpenAIError as error:
             raise BackboneError(f"{self._url} did not answer as {self._model!r}: {error}") from error
+        if not isinstance(reply, ChatCompletion) or not reply.choices:
+            raise BackboneError(
+                f"{self._url} did not answer as {self._model!r}: what came is no chat completion; is this "
+                "the address up to and with /v1?"
+            )
         chosen = reply.choices[0]
         told = self._choices(request.choices, chosen.logprobs) if request.choices else {}
         tokens = reply.usage.prompt_tokens if reply.usage is not None else None
         return Reply(chosen.message.content or "", tokens, told)
 
     def _choices(self, choices: Sequence[str], told: Any) -> Mapping[str, float]:
-        if told is None or not told.content:
+        if told is None or not told.content or not told.content[0].top_logprobs:
             raise BackboneError(
                 f"{self._url} gives no log-probabilities, which this task is scored by: ask a server that "
                 "does"
@@ -114,8 +122,8 @@ class EndpointAnswerer:
 
 
 def _log_probability(choice: str, likeliest: Sequence[tuple[str, float]], least: float) -> float:
-    begun = [math.exp(logprob) for token, logprob in likeliest if token and choice.startswith(token)]
-    return math.log(sum(begun)) if begun else least
+    begun = [logprob for token, logprob in likeliest if token and choice.startswith(token)]
+    return float(np.logaddexp.reduce(begun)) if begun else least
 
 
 def _messages(request: Request, pictures: PictureSource) -> list[dict[str, Any]]:

@@ -7,8 +7,10 @@ show.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,11 @@ from mmicl_core.config.evaluate import Control
 from mmicl_core.evaluation.cells import Cell, Layout
 from mmicl_core.evaluation.controls import CONTROLS, expected
 from mmicl_core.evaluation.statistics import Comparison, compare, interval_of, over_seeds
-from mmicl_core.evaluation.tasks.base import Columns, Metric
+from mmicl_core.evaluation.tasks.base import Columns, Metric, Numbers
 
 __all__ = ["Scored", "judge", "summarise"]
 
+SIGNIFICANT = 0.05
 MARGIN = 0.1
 """A score that changes by less than this stays, and a score that falls by less has not fallen."""
 
@@ -100,15 +103,13 @@ def summarise(layout: Layout, scores: Scores, label: str, seed: int) -> dict[str
             for cell in layout.cells
             if cell.control is not None
         ],
-        "comparisons": [
-            told for pair in _pairs(models, plain) if (told := _compare(metric, scores, *pair, seed=seed))
-        ],
+        "comparisons": [_compare(metric, scores, *pair, seed=seed) for pair in _pairs(models, plain)],
     }
 
 
 def _point(metrics: Sequence[Metric], scored: Scored, seed: int) -> dict[str, Any]:
     columns, seeds = scored.columns(), len(scored.statistics)
-    interval = interval_of(metrics[0], columns, scored.groups(seeds), seed)
+    interval = interval_of(_mean_of_seeds(metrics[0], columns, seeds), columns, scored.groups(seeds), seed)
     by_seed = [_value(metrics[0], of_seed) for of_seed in scored.statistics]
     spread = over_seeds(by_seed)
     return {
@@ -127,6 +128,23 @@ def _point(metrics: Sequence[Metric], scored: Scored, seed: int) -> dict[str, An
     }
 
 
+def _mean_of_seeds(metric: Metric, columns: Columns, seeds: int) -> Metric:
+    """A metric of each seed's answers, averaged over seeds that stand one after the other. Of means it is the
+    metric itself, which then is known to be one."""
+
+    def of(columns: Columns, weights: Numbers) -> float:
+        parts = np.split(np.arange(len(weights)), seeds)
+        return fmean(
+            metric.of({name: column[part] for name, column in columns.items()}, weights[part])
+            for part in parts
+        )
+
+    ones = np.ones(len(next(iter(columns.values()))))
+    if seeds == 1 or math.isclose(metric.of(columns, ones), of(columns, ones), abs_tol=ROUNDING):
+        return metric
+    return replace(metric, of=of)
+
+
 def _value(metric: Metric, statistics: Sequence[Mapping[str, float]]) -> float:
     columns = {name: np.array([row[name] for row in statistics]) for name in statistics[0]}
     return metric.of(columns, np.ones(len(statistics)))
@@ -141,6 +159,7 @@ def _control(
     at = {name: place for place, name in enumerate(whole.ids)}
     places, seeds = [at[name] for name in changed.ids], len(changed.statistics)
     before, after, groups = whole.columns(places), changed.columns(), changed.groups(seeds)
+    metric = _mean_of_seeds(metric, before, seeds)
     interval, compared = (
         interval_of(metric, after, groups, seed),
         compare(metric, before, after, groups, seed),
@@ -168,13 +187,15 @@ def _control(
 def _is_met(direction: str, compared: Comparison) -> bool | None:
     """Whether the score went where it should; None where the sample cannot tell."""
     if direction == "falls":
-        if compared.high < 0:
-            return True
-        return False if compared.low > -MARGIN else None
+        if compared.low > -MARGIN:
+            return False
+        return True if compared.high < 0 and compared.p_value < SIGNIFICANT else None
     if compared.low > -MARGIN and compared.high < MARGIN:
         return True
     return False if compared.high < 0 or compared.low > 0 else None
 
+
+ROUNDING = 1e-9
 
 Pair = tuple[tuple[str, int], tuple[str, int]]
 
@@ -191,16 +212,15 @@ def _pairs(models: Sequence[str], plain: Sequence[Cell]) -> Iterator[Pair]:
 
 def _compare(
     metric: Metric, scores: Scores, first: tuple[str, int], second: tuple[str, int], *, seed: int
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     best = first[1] < 0
     (one, shots_of_one), (other, shots_of_other) = (_best(metric, scores, *pair) for pair in (first, second))
     mine, theirs = scores[one, shots_of_one, None], scores[other, shots_of_other, None]
-    seeds = max(len(mine.statistics), len(theirs.statistics))
-    if seeds % len(mine.statistics) or seeds % len(theirs.statistics):
-        return None
+    seeds = math.lcm(len(mine.statistics), len(theirs.statistics))
+    columns = mine.columns(copies=seeds // len(mine.statistics))
     compared = compare(
-        metric,
-        mine.columns(copies=seeds // len(mine.statistics)),
+        _mean_of_seeds(metric, columns, seeds),
+        columns,
         theirs.columns(copies=seeds // len(theirs.statistics)),
         mine.groups(seeds),
         seed,
@@ -233,7 +253,11 @@ def judge(summary: Mapping[str, Any], model: str) -> dict[str, Any]:
         for one in summary["comparisons"]
         if one["first"] == one["second"] == model and not one["first_shots"] and not one["best_of_each"]
     ]
-    controls = [one for one in summary["controls"] if one["model"] == model and one["expected"] == "falls"]
+    mine = [one for one in summary["controls"] if one["model"] == model]
+    falling = [one for one in mine if one["expected"] == "falls"]
+    # The demonstrations of another query do not even hold the answer that could be copied.
+    controls = [one for one in falling if one["control"] != "other"]
+    turned = [one for one in mine if one["control"] == "query_rule" and one["met"] is False]
     scale, metric = summary["scale"], summary["metric"]
     if not gains:
         return {"learns": None, "why": f"{model} was not asked with and without demonstrations."}
@@ -242,12 +266,14 @@ def judge(summary: Mapping[str, Any], model: str) -> dict[str, Any]:
         f"{last['shots']} demonstrations change the {metric} of {model} by {scale * last['difference']:+.1f} "
         f"({scale * last['low']:+.1f} to {scale * last['high']:+.1f})"
     )
-    ignored = [one["label"] for one in controls if one["met"] is False]
+    ignored = [one["label"] for one in falling if one["met"] is False]
     if last["high"] < MARGIN:
         return {"learns": False, "why": f"{told}."}
+    if any(one["difference"] < 0 for one in turned):
+        return {"learns": False, "why": f"{told}, but it falls with {turned[0]['label']}."}
     if ignored:
         return {"learns": False, "why": f"{told}, but it does not fall with {', '.join(ignored)}."}
-    if last["low"] <= 0:
+    if last["low"] <= 0 or last["p_value"] >= SIGNIFICANT:
         return {"learns": None, "why": f"{told}: too few questions to tell."}
     if not controls:
         return {"learns": None, "why": f"{told}, but no control says whether that is learning."}

@@ -26,6 +26,7 @@ from mmicl_core.evaluation.tasks.base import (
     PictureSource,
     Prediction,
     Questions,
+    Style,
     Task,
     mean_of,
 )
@@ -54,13 +55,14 @@ class EpisodeTask(Task):
     Args:
         rows: each with as many demonstrations as will be asked for at most.
         pictures: all of them.
+        opening: what the wording of the episodes puts before their first turn.
     """
 
     source: ClassVar[str] = "the corpus of the run"
     max_new_tokens = 12
 
-    def __init__(self, rows: Sequence[Episode], pictures: PictureSource) -> None:
-        self._rows, self._pictures = rows, pictures
+    def __init__(self, rows: Sequence[Episode], pictures: PictureSource, opening: str = "") -> None:
+        self._rows, self._pictures, self._opening = rows, pictures, opening
 
     def load(self) -> Questions:
         """The queries; there is no pool, as each has demonstrations of its own."""
@@ -71,13 +73,17 @@ class EpisodeTask(Task):
             Item(
                 f"{row['id']}/{place}",
                 (turn["picture"],),
-                turn["question"],
+                turn["question"].removeprefix(self._opening),
                 turn["answer"],
                 facts={"concept": turn["concept"]},
             )
             for place, turn in enumerate(row["turns"])
         )
         return replace(query, id=row["id"], facts={**query.facts, **self._facts(row), "shown": tuple(shown)})
+
+    def opening(self, style: Style) -> str:
+        """As the wording has it."""
+        return self._opening
 
     def _facts(self, row: Episode) -> dict[str, Any]:
         """What else is known of a query."""
@@ -118,8 +124,10 @@ class TwoWayTask(EpisodeTask):
         kept = list[Item]()
         for place, concept in enumerate(classes):
             of_class = [item for item in shown if item.facts["concept"] == concept]
-            kept += of_class[len(of_class) - (shots + (place == 0)) // 2 :]
-        return kept
+            kept += of_class[max(len(of_class) - (shots + (place == 0)) // 2, 0) :]
+        # An episode of an odd number has one more of a class, which need not be the one drawn here.
+        left = [item for item in shown if item not in kept]
+        return kept + left[len(left) - (shots - len(kept)) :] if len(kept) < shots else kept
 
     def score(self, item: Item, prediction: Prediction) -> dict[str, float]:
         """Whether the right name was said, or the other one; an answer with both, or neither, is wrong."""
@@ -137,11 +145,12 @@ class TwoWayTask(EpisodeTask):
     def counterpart(self, query: Item, demonstrations: Sequence[Item]) -> tuple[Item, list[Item]] | None:
         """The last demonstration of the other class asked, behind the others."""
         other = [item for item in demonstrations if item.facts["concept"] != query.facts["concept"]]
-        if not other:
+        if len(other) < 2 or len(other) == len(demonstrations):
             return None
         asked, name = other[-1], query.facts["name"]
         facts = {**query.facts, "name": query.facts["other"], "other": name}
-        turned = replace(asked, id=query.id, facts=facts)
+        answer = _exchange(query.answer, query.facts["name"], query.facts["other"])
+        turned = replace(query, pictures=asked.pictures, answer=answer, facts=facts)
         return turned, [item for item in demonstrations if item is not asked]
 
 

@@ -262,7 +262,7 @@ def test_documents_are_the_pictures_that_are_asked_and_no_others(tmp_path: Path)
 
 def test_score_of_one_answer_alone_is_refused(tmp_path: Path) -> None:
     (item,) = _items(REFERENCES[:1])
-    with pytest.raises(AssertionError, match="score_all"):
+    with pytest.raises(NotImplementedError, match="together"):
         _task(tmp_path).score(item, Prediction("a dog"))
 
 
