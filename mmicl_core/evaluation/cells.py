@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from mmicl_core.config.evaluate import Control, EvaluateConfig
 from mmicl_core.errors import DataError
@@ -121,18 +122,23 @@ def _cell(task: Task, questions: Questions, config: EvaluateConfig, shots: int, 
 
 def _changed(task: Task, cell: Cell, control: Control, seed: int) -> Cell:
     """The queries that the control applies to."""
+    answers = [frozenset(item.answer for item in shown.demonstrations) for shown in cell.shown]
     changed = (
-        change(task, shown, control, _other(task, cell.shown, place), seed)
+        change(task, shown, control, other, seed)
         for place, shown in enumerate(cell.shown)
+        for other in [_other(task, cell.shown, answers, place) if control == "other" else None]
     )
     return Cell(cell.shots, control, tuple(shown for shown in changed if shown is not None))
 
 
-def _other(task: Task, shown: Sequence[Shown], place: int) -> Shown | None:
-    """The next query with other demonstrations; where queries need their own, with other answers too."""
-    mine = {item.answer for item in shown[place].demonstrations}
-    for other in (*shown[place + 1 :], *shown[:place]):
-        theirs = {item.answer for item in other.demonstrations}
-        if other.demonstrations != shown[place].demonstrations and not (task.needs_its_own and mine & theirs):
-            return other
+def _other(task: Task, shown: Sequence[Shown], answers: Sequence[frozenset[str]], place: int) -> Shown | None:
+    """The next query with other demonstrations; where queries need their own, with other answers too.
+
+    Args:
+        answers: of the demonstrations of each.
+    """
+    for at in chain(range(place + 1, len(shown)), range(place)):
+        same = shown[at].demonstrations == shown[place].demonstrations
+        if not same and not (task.needs_its_own and answers[at] & answers[place]):
+            return shown[at]
     return None

@@ -97,7 +97,7 @@ def interval_of(
     """
     clusters = _clusters(groups, columns)
     value, count = _value(metric, columns), _count(clusters)
-    shares = _shares(metric, columns)
+    shares = _shares(metric, columns, clusters)
     if shares and (count == len(clusters) or _is_constant(columns[shares[0]])):
         return Interval(value, *wilson_interval(round(value * count), count, confidence))
     weights = _weights(clusters, np.random.default_rng(seed), draws)
@@ -147,8 +147,8 @@ def compare(
             ]
         )
     bounds, error = _percentiles(metric, drawn, CONFIDENCE), _deviation(drawn)
-    known = _shares(metric, second)
-    shares = [name for name in _shares(metric, first) if name in known]
+    known = _shares(metric, second, clusters)
+    shares = [name for name in _shares(metric, first, clusters) if name in known]
     if not shares:
         tested = _exchange(metric, (first, second), values, clusters, draws, rng)
         return Comparison(values[1] - values[0], *bounds, *tested, _smallest(error))
@@ -191,13 +191,14 @@ def _value(metric: Metric, columns: Columns) -> float:
     return value
 
 
-def _shares(metric: Metric, columns: Columns) -> list[str]:
+def _shares(metric: Metric, columns: Columns, clusters: Clusters) -> list[str]:
     """The 0/1 columns whose weighted mean the metric is."""
     names = [name for name, column in columns.items() if np.isin(column, (0.0, 1.0)).all()]
     if not names:
         return []
     count = len(columns[names[0]])
-    for weights in (np.ones(count), np.random.default_rng(0).uniform(0.5, 1.5, count)):
+    drawn = np.random.default_rng(0).uniform(0.5, 1.5, _count(clusters))
+    for weights in (np.ones(count), drawn[clusters]):
         value = metric.of(columns, weights)
         names = [name for name in names if abs(np.average(columns[name], weights=weights) - value) < ROUNDING]
     return names

@@ -148,7 +148,7 @@ class TwoWayTask(EpisodeTask):
         if len(other) < 2 or len(other) == len(demonstrations):
             return None
         asked, name = other[-1], query.facts["name"]
-        facts = {**query.facts, "name": query.facts["other"], "other": name}
+        facts = {**query.facts, **asked.facts, "name": query.facts["other"], "other": name}
         answer = _exchange(query.answer, query.facts["name"], query.facts["other"])
         turned = replace(query, pictures=asked.pictures, answer=answer, facts=facts)
         return turned, [item for item in demonstrations if item is not asked]

@@ -233,9 +233,22 @@ def test_model_that_always_names_the_class_that_is_asked_for_is_caught_by_the_qu
     assert CONTROLS["query_rule"] in verdict["why"]
 
 
+def test_model_that_needs_the_demonstration_that_is_asked_about_for_a_few_questions_learns() -> None:
+    def learns(shown: Shown) -> str:
+        return "" if len(shown.demonstrations) == 3 and _number(shown) % 100 < 12 else _learns(shown)
+
+    summary = _summary(_layout(200, ("swapped", "query_rule")), asked=learns)
+    assert _controls(summary)["query_rule"]["difference"] == pytest.approx(-0.12)
+    verdict = judge(summary, "asked")
+    assert verdict["learns"] is True, verdict
+
+
 @pytest.mark.parametrize("queries", [1, 2, 3, 5])
 def test_few_questions_cannot_tell_whether_a_model_learns(queries: int) -> None:
-    assert _verdict(_learns, ("swapped", "blank"), queries) is None
+    summary = _summary(_layout(queries, ("swapped", "blank")), asked=_learns)
+    assert [one["met"] for one in summary["controls"]] == [None, None]
+    verdict = judge(summary, "asked")
+    assert (verdict["learns"], "too few questions to tell" in verdict["why"]) == (None, True)
 
 
 def test_verdict_needs_questions_with_and_without_demonstrations_and_a_control() -> None:
@@ -250,6 +263,14 @@ def test_verdict_needs_questions_with_and_without_demonstrations_and_a_control()
 def test_verdict_is_about_the_model_that_is_named() -> None:
     summary = _summary(_layout(60, ("swapped",)), full=_learns, adapted=_never_looks)
     assert [judge(summary, name)["learns"] for name in ("full", "adapted")] == [True, False]
+
+
+def test_verdict_is_about_the_most_demonstrations() -> None:
+    def needs_four(shown: Shown) -> str:
+        return _learns(shown) if len(shown.demonstrations) >= 4 else ""
+
+    verdict = judge(_summary(_layout(60, ("swapped",), shots=(0, 2, 4)), asked=needs_four), "asked")
+    assert (verdict["learns"], verdict["why"].startswith("4 demonstrations")) == (True, True)
 
 
 def test_score_that_falls_by_less_than_the_margin_has_not_fallen() -> None:
@@ -298,20 +319,35 @@ def _share_in_order(columns: Columns, weights: Numbers) -> float:
     return float(np.average(above, weights=weights[yes][:, None] * weights[~yes]))
 
 
-def test_score_over_seeds_lies_within_its_bounds_whatever_the_metric() -> None:
-    layout, rng = _layout(60), np.random.default_rng(0)
+def _in_order(layout: Layout, *scales: float) -> dict[tuple[str, int, Any], Scored]:
+    """Answers of which each seed orders nearly all, each on a scale of its own."""
     layout.task.metrics = (Metric("share in order", _share_in_order),)
-    labels = np.arange(60) % 2
-    # Each seed orders nearly all answers, and each on a scale of its own.
-    seeds = [start + labels + rng.normal(scale=0.4, size=60) for start in (0.0, 3.0, 6.0)]
+    rng, labels = np.random.default_rng(0), np.arange(60) % 2
+    seeds = [start + labels + rng.normal(scale=0.4, size=60) for start in scales]
     statistics = tuple(
         tuple({"label": label, "score": score} for label, score in zip(labels, scores, strict=True))
         for scores in seeds
     )
-    scores = {("asked", cell.shots, cell.control): Scored(cell, statistics) for cell in layout.cells}
-    point = _of_points(summarise(layout, scores, "two-way", 1), "asked")[1]
+    name = f"of {len(scales)}"
+    return {(name, cell.shots, cell.control): Scored(cell, statistics) for cell in layout.cells}
+
+
+def test_score_over_seeds_lies_within_its_bounds_whatever_the_metric() -> None:
+    layout = _layout(60)
+    point = _of_points(summarise(layout, _in_order(layout, 0, 3, 6), "two-way", 1), "of 3")[1]
     assert point["value"] > 0.9
     assert point["low"] <= point["value"] <= point["high"]
+
+
+def test_comparison_is_of_the_scores_that_are_shown_whatever_the_metric() -> None:
+    layout = _layout(60)
+    scores = _in_order(layout, 0) | _in_order(layout, 0, 3, 6)
+    summary = summarise(layout, scores, "two-way", 1)
+    values = [_of_points(summary, name)[1]["value"] for name in ("of 1", "of 3")]
+    compared = [one for one in summary["comparisons"] if (one["first"], one["second"]) == ("of 1", "of 3")]
+    assert len(compared) == 3
+    for one in compared:
+        assert one["difference"] == pytest.approx(values[1] - values[0])
 
 
 def test_models_are_compared_with_themselves_without_demonstrations_and_with_the_first() -> None:
