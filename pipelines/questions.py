@@ -12,6 +12,7 @@ from mmicl_core.config.run import RunConfig
 from mmicl_core.data.catalogue import Catalogue
 from mmicl_core.data.pictures import images_of
 from mmicl_core.data.wordings import WORDINGS
+from mmicl_core.evaluation.cells import TEXT_ONLY
 from mmicl_core.evaluation.tasks import FILE_TASKS
 from mmicl_core.evaluation.tasks.base import Task
 from mmicl_core.evaluation.tasks.corpus import CorpusPictures, KindTask, TrueNameTask, TwoWayTask
@@ -51,6 +52,8 @@ def asked_episodes(
     """Episodes whose queries are asked: with as many demonstrations as will be asked for at most, all with
     hard negatives and the question that training used first."""
     most = max(run.evaluate.shots)
+    if run.evaluate.style == "open_flamingo":
+        most = max(most, TEXT_ONLY)
     task: TaskConfig = KindConfig(demonstrations=most)
     if not isinstance(settings, KindsConfig):
         task = _as_trained(run.episodes.tasks)

@@ -16,7 +16,7 @@ from mmicl_core.evaluation.controls import Shown, change
 from mmicl_core.evaluation.demonstrations import Alike, choose
 from mmicl_core.evaluation.tasks.base import Item, Questions, Task
 
-__all__ = ["Cell", "Layout", "lay_out", "sampled"]
+__all__ = ["TEXT_ONLY", "Cell", "Layout", "lay_out", "sampled"]
 
 TEXT_ONLY = 2
 """Demonstrations that OpenFlamingo's 0 shots have, without their pictures."""
@@ -98,8 +98,9 @@ def _possible_shots(task: Task, config: EvaluateConfig, queries: int) -> tuple[l
             f"task {task.name} takes at most {most} demonstrations, but evaluate.shots are "
             f"{list(config.shots)}: add {most}"
         )
-    asked = min(config.queries, queries)
-    return possible, {f"{count} shots are too many": asked for count in config.shots if count not in possible}
+    return possible, {
+        f"{count} shots are too many": queries for count in config.shots if count not in possible
+    }
 
 
 def _cell(task: Task, questions: Questions, config: EvaluateConfig, shots: int, alike: Alike | None) -> Cell:
@@ -139,6 +140,10 @@ def _other(task: Task, shown: Sequence[Shown], answers: Sequence[frozenset[str]]
     """
     for at in chain(range(place + 1, len(shown)), range(place)):
         same = shown[at].demonstrations == shown[place].demonstrations
+        # They were chosen beside another query, and may show this one's own picture with its answer.
+        seen = {key for item in shown[at].demonstrations for key in item.pictures}
+        if seen & set(shown[place].query.pictures):
+            continue
         if not same and not (task.needs_its_own and answers[at] & answers[place]):
             return shown[at]
     return None

@@ -158,6 +158,7 @@ class KindTask(EpisodeTask):
     """What kind of thing is it?"""
 
     name: ClassVar[str] = "kind"
+    needs_its_own = True
     metrics: Sequence[Metric] = (Metric("accuracy", mean_of("right")),)
 
     def _some(self, query: Item, shown: Sequence[Item], shots: int, rng: random.Random) -> Sequence[Item]:

@@ -250,3 +250,18 @@ def test_nothing_is_compared_where_no_similar_demonstrations_are_shown(how: str,
     ranking = Ranking([])
     _laid_out(similar=ranking, demonstrations=how, shots=(shots,))
     assert not ranking.asked
+
+
+class Seen(Pooled):
+    """The one demonstration of the last query is about the picture of the one before."""
+
+    def demonstrations(self, query: Item, shots: int, rng: random.Random) -> list[Item]:
+        shown = "query-picture-1" if query.id == "query2" else f"shown-{query.id}"
+        return [Item(f"about-{query.id}", (shown,), "What?", f"answer-{query.id}")]
+
+
+def test_other_never_shows_the_picture_that_is_asked_about() -> None:
+    _, other = _laid_out(Seen(queries=3), shots=(1,), controls=("other",)).cells
+    for shown in other.shown:
+        keys = {key for item in shown.demonstrations for key in item.pictures}
+        assert not keys & set(shown.query.pictures), shown.query.id
