@@ -29,7 +29,17 @@ from mmicl_core.methods.aim import Aim
 from mmicl_core.methods.base import Method
 from mmicl_core.prompts import Turn
 
-__all__ = ["Answerer", "Cost", "LocalAnswerer", "Reply", "Request", "key_of", "picture_of", "request_of"]
+__all__ = [
+    "Answerer",
+    "Cost",
+    "LocalAnswerer",
+    "Reply",
+    "Request",
+    "key_of",
+    "picture_of",
+    "request_of",
+    "spans",
+]
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,13 @@ def picture_of(key: str, pictures: PictureSource) -> Image.Image:
     return Image.new("RGB", picture.size, "grey") if _is_blank(key) else picture
 
 
+def spans(begun: float, moments: Sequence[float]) -> tuple[float, float]:
+    """Milliseconds to the first of the moments at which an answer grew, and seconds from there to the last;
+    an answer of nothing has arrived now."""
+    first = moments[0] if moments else time.perf_counter()
+    return 1000 * (first - begun), moments[-1] - first if moments else 0.0
+
+
 def kv_bytes(backbone: HuggingFaceBackbone, positions: int) -> int | None:
     """Bytes of the keys and values of so many positions; None for an encoder-decoder, whose decoder reads
     what its encoder made."""
@@ -184,13 +201,12 @@ class LocalAnswerer:
         with method.applied(prompts):
             for _ in greedy_tokens(method.backbone, prompts, request.max_new_tokens):
                 moments.append(time.perf_counter())
-        first = moments[0] if moments else time.perf_counter()
-        later = moments[-1] - first if len(moments) > 1 else 0.0
+        ttft_ms, later = spans(begun, moments)
         positions = int(prompts.mask_BL.sum())
         return Cost(
             positions,
             kv_bytes(method.backbone, positions),
-            1000 * (first - begun),
+            ttft_ms,
             (len(moments) - 1) / later if later else None,
         )
 

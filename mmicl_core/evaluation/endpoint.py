@@ -18,7 +18,7 @@ from openai import OpenAI, OpenAIError
 from openai.types.chat import ChatCompletion
 
 from mmicl_core.errors import BackboneError
-from mmicl_core.evaluation.answering import Cost, Reply, Request, picture_of
+from mmicl_core.evaluation.answering import Cost, Reply, Request, picture_of, spans
 from mmicl_core.evaluation.controls import BLANK
 from mmicl_core.evaluation.tasks.base import PictureSource
 
@@ -76,13 +76,12 @@ class EndpointAnswerer:
             raise BackboneError(f"{self._url} did not answer as {self._model!r}: {error}") from error
         if not arrived:
             raise BackboneError(f"{self._url} did not answer as {self._model!r}: nothing that is a chat came")
-        first = moments[0] if moments else time.perf_counter()
-        later = moments[-1] - first if len(moments) > 1 else 0.0
+        ttft_ms, later = spans(begun, moments)
         tokens = usage.completion_tokens - 1 if usage is not None else 0
         return Cost(
             usage.prompt_tokens if usage is not None else None,
             None,
-            1000 * (first - begun),
+            ttft_ms,
             tokens / later if later and tokens > 0 else None,
         )
 
