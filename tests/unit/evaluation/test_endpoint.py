@@ -67,6 +67,8 @@ class Server:
         handler.send_header("Content-Type", told.kind)
         # The client waits as long as it is told to.
         handler.send_header("Retry-After-Ms", "1")
+        # Said, or a client that asks again on the closing connection spends a retry that nothing here sees.
+        handler.send_header("Connection", "close")
         if not told.pieces:
             handler.send_header("Content-Length", str(len(told.body)))
         else:
@@ -79,7 +81,6 @@ class Server:
             time.sleep(SECONDS_OF_A_PIECE)
         if told.pieces and not told.breaks_off:
             handler.wfile.write(b"0\r\n\r\n")
-        handler.close_connection = True
 
 
 @pytest.fixture(name="serve")
