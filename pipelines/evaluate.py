@@ -170,7 +170,8 @@ def _cells(settings: TaskSettings, run: RunConfig, root: Path) -> _Cells:
     for reason, count in layout.left_out.items():
         log.info("%s: left out %d, as %s", label, count, reason)
     requests = tuple(
-        tuple(request_of(task, shown, run.evaluate.style) for shown in cell.shown) for cell in layout.cells
+        tuple(request_of(task, shown, run.evaluate.style, run.evaluate.beams) for shown in cell.shown)
+        for cell in layout.cells
     )
     return _Cells(label, layout, requests, _digests(layout, requests))
 

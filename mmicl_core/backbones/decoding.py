@@ -1,4 +1,4 @@
-"""Greedy decoding: whole answers of a batch, or one answer token by token while it grows.
+"""Decoding, greedy or by beams: whole answers of a batch, or one answer token by token while it grows.
 
 The keys and values of a prompt are computed once; each step then costs one position. Positions are counted
 on from the prompt's own last one, which in prompts with pictures need not be their length.
@@ -6,8 +6,10 @@ on from the prompt's own last one, which in prompts with pictures need not be th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.language import Embedded
 from mmicl_core.errors import BackboneError
 
-__all__ = ["Decoding", "context_length", "generate", "greedy_tokens"]
+__all__ = ["Decoding", "context_length", "generate", "generate_by_beams", "greedy_tokens"]
 
 NO_LIMIT = 1 << 20
 
@@ -34,17 +36,66 @@ def generate(
     """Greedy continuation of left-padded prompts; ids before the end token. `cache` as in `Decoding`."""
     decoding = Decoding(backbone, prompts, cache)
     end = backbone.tokenizer.eos_token_id
-    chosen: list[Tensor] = []
-    ended = torch.zeros(len(prompts.mask_BL), dtype=torch.bool, device=prompts.mask_BL.device)
-    while len(chosen) < max_new_tokens:
+    answers: list[list[int]] = [[] for _ in prompts.mask_BL]
+    growing, ended = list(range(len(answers))), set[int]()
+    for left in reversed(range(max_new_tokens)):
         ids_B = decoding.scores_BV.argmax(-1)
-        chosen.append(ids_B)
-        ended = ended | (ids_B == end)
-        if ended.all() or len(chosen) == max_new_tokens:
+        for place, token in zip(growing, ids_B.tolist(), strict=True):
+            if token == end:
+                ended.add(place)
+            elif place not in ended:
+                answers[place].append(token)
+        rows = [row for row, place in enumerate(growing) if place not in ended]
+        if not rows or not left:
             break
+        # Fewer rows are copied only where that saves more than it costs.
+        if 2 * len(rows) <= len(growing):
+            growing = [growing[row] for row in rows]
+            decoding.keep(rows)
+            ids_B = ids_B[rows]
         decoding.feed(ids_B)
-    answers = [row.tolist() for row in torch.stack(chosen, dim=1)]
-    return [ids[: ids.index(end)] if end in ids else ids for ids in answers]
+    return answers
+
+
+def generate_by_beams(
+    backbone: HuggingFaceBackbone, prompts: Embedded, max_new_tokens: int, beams: int
+) -> list[list[int]]:
+    """The likeliest answers that beam search finds, by the sum of their log-probabilities, as OpenFlamingo's
+    evaluation does with a length penalty of 0; ids before the end token of left-padded prompts.
+
+    An answer that was cut stands for itself. A search goes on until no answer that still grows can overtake
+    those that ended: a sum only falls.
+    """
+    decoding, count = Decoding(backbone, prompts), len(prompts.mask_BL)
+    decoding.keep([row for row in range(count) for _ in range(beams)])
+    end = backbone.tokenizer.eos_token_id
+    # All beams of a prompt begin alike: all but one are ruled out until they differ.
+    sums_BW = torch.full((count, beams), -torch.inf, device=decoding.scores_BV.device)
+    sums_BW[:, 0] = 0
+    grown: list[list[list[int]]] = [[[] for _ in range(beams)] for _ in range(count)]
+    best = [(-math.inf, list[int]()) for _ in range(count)]
+    for left in reversed(range(max_new_tokens)):
+        scores_BWV = F.log_softmax(decoding.scores_BV.float(), -1).unflatten(0, (count, beams))
+        totals_BWV = sums_BW[..., None] + scores_BWV
+        # An end counts where it is among the best of its step, as in transformers' search.
+        least_B1 = totals_BWV.flatten(1).topk(beams).values[:, -1:]
+        ends_BW = totals_BWV[..., end].masked_fill(totals_BWV[..., end] < least_B1, -torch.inf)
+        for row, ended in enumerate(ends_BW.tolist()):
+            best[row] = max([best[row], *zip(ended, grown[row], strict=True)], key=itemgetter(0))
+        totals_BWV[..., end] = -torch.inf
+        sums_BW, chosen_BW = totals_BWV.flatten(1).topk(beams)
+        from_BW, ids_BW = chosen_BW // totals_BWV.shape[-1], chosen_BW % totals_BWV.shape[-1]
+        grown = [
+            [[*answers[beam], token] for beam, token in zip(beams_of, tokens, strict=True)]
+            for answers, beams_of, tokens in zip(grown, from_BW.tolist(), ids_BW.tolist(), strict=True)
+        ]
+        if not left or all(one[0] >= told for one, told in zip(best, sums_BW[:, 0].tolist(), strict=True)):
+            break
+        first_B1 = beams * torch.arange(count, device=from_BW.device)[:, None]
+        decoding.keep((first_B1 + from_BW).flatten().tolist())
+        decoding.feed(ids_BW.flatten())
+    cut = zip(sums_BW[:, 0].tolist(), (answers[0] for answers in grown), strict=True)
+    return [max(ended, other, key=itemgetter(0))[1] for ended, other in zip(best, cut, strict=True)]
 
 
 def greedy_tokens(
@@ -95,6 +146,15 @@ class Decoding:
         output = backbone.read(prompts, use_cache=True, past_key_values=_copy_for(prompts, cache))
         self._cache = output.past_key_values
         self.scores_BV = backbone.logits(output.last_hidden_state[:, -1])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these alone, in this order; one that is named twice goes on twice."""
+        at = torch.tensor(rows, device=self._mask_BL.device)
+        self._mask_BL, self._next_B = self._mask_BL[at], self._next_B[at]
+        self.scores_BV = self.scores_BV[at]
+        if self._encoded is not None:
+            self._encoded = self._encoded[at]
+        self._cache.batch_select_indices(at)
 
     @torch.no_grad()
     def feed(self, ids_B: Tensor) -> None:

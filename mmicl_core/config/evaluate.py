@@ -21,6 +21,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "seed": 42,
         "pool": 2048,
         "style": "open_flamingo",
+        "beams": 3,
     },
 }
 
@@ -74,8 +75,8 @@ class EvaluateConfig(Config):
     """Answering from demonstrations."""
 
     preset: Literal["open_flamingo"] | None = None
-    """OpenFlamingo's shots, wording, seed and pool of 2,048; its 0 shots are two demonstrations without their
-    pictures. Answers are greedy, where its own are of three beams. What is given beside it goes first."""
+    """OpenFlamingo's shots, wording, seed, pool of 2,048 and three beams; its 0 shots are two demonstrations
+    without their pictures. What is given beside it goes first."""
 
     tasks: tuple[TaskSettings, ...] = Field(default=(NamingConfig(),), min_length=1)
     """What is asked."""
@@ -101,6 +102,9 @@ class EvaluateConfig(Config):
 
     style: Literal["chat", "open_flamingo"] = "chat"
     """Whose wording tasks have."""
+
+    beams: int = Field(default=1, ge=1)
+    """Of the search for an answer; 1 is greedy. Servers have none to ask for."""
 
     queries: int = Field(default=200, ge=1)
     """Questions of each task, drawn by the seed where it has more."""
@@ -131,6 +135,16 @@ class EvaluateConfig(Config):
         if self.models and self.adapter not in (SHIPPED, None):
             raise ValueError(
                 f"evaluate.adapter is {self.adapter!r}, but evaluate.models say who is asked: put it there"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _servers_are_asked_without_beams(self) -> Self:
+        served = [model.name for model in self.asked if model.endpoint is not None]
+        if served and self.beams > 1:
+            raise ValueError(
+                f"evaluate.beams is {self.beams}, but the protocol by which {', '.join(served)} is asked has "
+                "none: set beams to 1"
             )
         return self
 

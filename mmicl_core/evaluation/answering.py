@@ -51,6 +51,8 @@ class Request:
     max_new_tokens: int
     choices: tuple[str, ...] = ()
     """Answers whose log-probabilities are asked for."""
+    beams: int = 1
+    """Of the search for the answer; 1 is greedy."""
 
     def to_json(self) -> str:
         """A line that `from_json` reads; the same for the same request."""
@@ -61,7 +63,7 @@ class Request:
         """Read what `to_json` wrote."""
         told = json.loads(line)
         turns = (Turn(**{**turn, "pictures": tuple(turn["pictures"])}) for turn in told["turns"])
-        return cls(tuple(turns), told["max_new_tokens"], tuple(told["choices"]))
+        return cls(tuple(turns), told["max_new_tokens"], tuple(told["choices"]), told["beams"])
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,12 @@ class Answerer(Protocol):
         ...
 
 
-def request_of(task: Task, shown: Shown, style: Style) -> Request:
+def request_of(task: Task, shown: Shown, style: Style, beams: int = 1) -> Request:
     """A query behind its demonstrations, in the words of a style."""
     query = replace(task.turn(shown.query, style), answer=None)
     first, *others = (*(task.turn(item, style) for item in shown.demonstrations), query)
-    opened = replace(first, question=task.opening(style) + first.question)
-    return Request((opened, *others), task.max_new_tokens, task.choices(shown.query))
+    opened = replace(first, question=task.opening(style, len(shown.demonstrations)) + first.question)
+    return Request((opened, *others), task.most_tokens(style), task.choices(shown.query), beams)
 
 
 def key_of(request: Request, identity: str, digest: Callable[[str], str]) -> str:
@@ -128,7 +130,7 @@ def key_of(request: Request, identity: str, digest: Callable[[str], str]) -> str
     for turn in request.turns:
         pictures = [BLANK * _is_blank(key) + digest(key.removeprefix(BLANK)) for key in turn.pictures]
         turns.append([pictures, turn.question, turn.answer])
-    told = json.dumps([identity, turns, request.max_new_tokens, request.choices])
+    told = json.dumps([identity, turns, request.max_new_tokens, request.choices, request.beams])
     return hashlib.sha256(told.encode()).hexdigest()
 
 
@@ -165,7 +167,7 @@ def kv_bytes(backbone: HuggingFaceBackbone, positions: int) -> int | None:
 
 
 class LocalAnswerer:
-    """A method around a local model; greedy, a batch at once.
+    """A method around a local model, a batch at once.
 
     Args:
         raw: how many of the last demonstrations are written out behind those that AIM fuses.
@@ -176,12 +178,12 @@ class LocalAnswerer:
 
     @torch.no_grad()
     def answer(self, requests: Sequence[Request], pictures: PictureSource) -> list[Reply]:
-        """Greedy answers, and the log-probabilities of choices."""
+        """Answers to requests of one number of beams, and the log-probabilities of choices."""
         method = self._method
         prepared = self._prepare(self._decode(requests, pictures))
         prompts = method.embed(self._arrange([request.turns for request in requests], prepared, "left"))
         longest = max(request.max_new_tokens for request in requests)
-        answers = method.generate(prompts, longest)
+        answers = method.generate(prompts, longest, requests[0].beams)
         lengths = prompts.mask_BL.sum(1).tolist()
         chosen = self._choices(requests, prepared)
         return [

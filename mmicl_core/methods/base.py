@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmicl_core.backbones.decoding import generate
+from mmicl_core.backbones.decoding import generate, generate_by_beams
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.language import Embedded
 from mmicl_core.backbones.vision import PictureBatch, join, look_up
@@ -177,9 +177,11 @@ class Method(nn.Module):
         """Greedy answers to a batch that is padded on the left; ids before the end token."""
         return self.generate(self.embed(batch), max_new_tokens)
 
-    def generate(self, prompts: Embedded, max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers to prompts that are padded on the left; ids before the end token."""
+    def generate(self, prompts: Embedded, max_new_tokens: int, beams: int = 1) -> list[list[int]]:
+        """Answers to prompts that are padded on the left, greedy or by beams; ids before the end token."""
         with self.applied(prompts):
+            if beams > 1:
+                return generate_by_beams(self.backbone, prompts, max_new_tokens, beams)
             return generate(self.backbone, prompts, max_new_tokens)
 
     def lay_out(

@@ -145,7 +145,7 @@ class Task(ABC):
     """The paper, and where its files are to be had."""
     metrics: Sequence[Metric]
     max_new_tokens: int
-    """Tokens of an answer before it is cut."""
+    """Tokens of an answer before it is cut, where `most_tokens` says nothing else."""
     most_shots: int | None = None
     """Demonstrations that a question has at most; None where that is not limited."""
     needs_its_own: bool = False
@@ -172,13 +172,17 @@ class Task(ABC):
         """The item as it is shown, with its answer."""
         return Turn(item.pictures, self.words(item, style), item.answer)
 
-    def opening(self, style: Style) -> str:
-        """What stands before the first turn, whatever that is."""
+    def opening(self, style: Style, shots: int) -> str:
+        """What stands before the first turn, whatever that is, where so many demonstrations are shown."""
         return ""
 
     def words(self, item: Item, style: Style) -> str:
         """The question as it is asked."""
         return item.question
+
+    def most_tokens(self, style: Style) -> int:
+        """Tokens of an answer before it is cut, to a question in the words of a style."""
+        return self.max_new_tokens
 
     def demonstrations(self, query: Item, shots: int, rng: random.Random) -> list[Item] | None:
         """Demonstrations that the data set gives a query, the last one next to it; None where they are chosen

@@ -67,7 +67,7 @@ class CaptionsTask(Task):
     source: ClassVar[str] = f"{'; '.join(SOURCES.values())}; splits: {SPLITS}"
     metrics: Sequence[Metric] = (Metric("cider", mean_of("cider")),)
     max_new_tokens: int = 20
-    """As in OpenFlamingo's evaluation; longer captions lose by CIDEr-D."""
+    """As in OpenFlamingo's evaluation, in either style; longer captions lose by CIDEr-D."""
 
     def __init__(self, config: CaptionsConfig) -> None:
         self._folder, self._dataset = Path(config.folder), config.dataset

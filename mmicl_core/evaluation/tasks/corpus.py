@@ -81,9 +81,9 @@ class EpisodeTask(Task):
         )
         return replace(query, id=row["id"], facts={**query.facts, **self._facts(row), "shown": tuple(shown)})
 
-    def opening(self, style: Style) -> str:
-        """As the wording has it."""
-        return self._opening
+    def opening(self, style: Style, shots: int) -> str:
+        """As the wording has it, which speaks of demonstrations."""
+        return self._opening if shots else ""
 
     def _facts(self, row: Episode) -> dict[str, Any]:
         """What else is known of a query."""

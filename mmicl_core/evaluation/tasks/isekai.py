@@ -36,6 +36,7 @@ from mmicl_core.evaluation.tasks.base import (
     Metric,
     Prediction,
     Questions,
+    Style,
     Task,
     mean_of,
     must_exist,
@@ -102,8 +103,12 @@ class LinkContextTask(Task):
             must_exist(self._folder / picture, "the picture", self.source)
         return Questions(queries, (), FolderPictures(self._folder))
 
+    def opening(self, style: Style, shots: int) -> str:
+        """What LCL says before its first demonstration, and not where there is none."""
+        return WORDING.opening if shots else ""
+
     def demonstrations(self, query: Item, shots: int, rng: random.Random) -> list[Item]:
-        """The first pictures of both classes, shuffled; LCL's opening stands before the first one."""
+        """The first pictures of both classes, shuffled."""
         names = [query.facts["name"], query.facts["other"]]
         rng.shuffle(names)
         shown = list[tuple[str, str]]()
@@ -120,11 +125,11 @@ class LinkContextTask(Task):
             Item(
                 picture,
                 (picture,),
-                WORDING.opening * (place == 0) + WORDING.shown_question,
+                WORDING.shown_question,
                 WORDING.shown_answer.format(name=name),
                 facts={"name": name},
             )
-            for place, (picture, name) in enumerate(shown)
+            for picture, name in shown
         ]
 
     def score(self, item: Item, prediction: Prediction) -> dict[str, float]:

@@ -204,7 +204,7 @@ class VlIclTask(Task):
             must_exist(self._folder / picture, "the picture", self.source)
         return Questions(queries, support if self._pooled else (), FolderPictures(self._folder))
 
-    def opening(self, style: Style) -> str:
+    def opening(self, style: Style, shots: int) -> str:
         """The benchmark's detailed instruction."""
         return f"{self._kind.instruction}\n"
 

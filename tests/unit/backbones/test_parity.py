@@ -199,6 +199,24 @@ def test_answers_grow_with_kept_keys_and_values_as_they_do_without(
 
 
 @every_family
+def test_answers_that_are_kept_grow_as_they_do_beside_the_others(
+    family: str, backbone: HuggingFaceBackbone
+) -> None:
+    method = Plain(backbone)
+    rows = unanswered(batch_rows())
+    with torch.no_grad():
+        prompts = method.embed(method.collate(rows, see(backbone), None, side="left"))
+        some, every, last = Decoding(backbone, prompts), Decoding(backbone, prompts), len(rows) - 1
+        some.keep([last, 0, last])
+        for token in (20, 30, 40):
+            some.feed(torch.tensor([token, token + 1, token + 2]))
+            every.feed(torch.tensor([token + 1, *[5] * (last - 1), token]))
+            torch.testing.assert_close(some.scores_BV[0], every.scores_BV[last], **LAST_BITS)
+            torch.testing.assert_close(some.scores_BV[1], every.scores_BV[0], **LAST_BITS)
+        assert not torch.allclose(some.scores_BV[2], some.scores_BV[0], **LAST_BITS)
+
+
+@every_family
 def test_greedy_text_is_what_the_library_itself_generates(family: str, backbone: HuggingFaceBackbone) -> None:
     method = Plain(backbone)
     row = unanswered(batch_rows())[1]

@@ -207,7 +207,15 @@ def test_evaluation_asks_the_backbone_and_the_adapter_unless_models_are_named():
 def test_preset_of_an_evaluation_gives_way_to_what_is_set_beside_it():
     run = RunConfig.model_validate({"evaluate": {"preset": "open_flamingo", "shots": [0, 2]}})
     assert (run.evaluate.shots, run.evaluate.style, run.evaluate.pool) == ((0, 2), "open_flamingo", 2048)
+    assert run.evaluate.beams == 3
     assert RunConfig.model_validate(run.model_dump(mode="json")) == run
+
+
+def test_server_cannot_be_asked_for_beams():
+    served = {"name": "far", "endpoint": "http://localhost:1/v1", "served_model": "it"}
+    with pytest.raises(ValidationError, match=r"evaluate\.beams is 3.*far.*set beams to 1"):
+        RunConfig.model_validate({"evaluate": {"preset": "open_flamingo", "models": [served]}})
+    RunConfig.model_validate({"evaluate": {"preset": "open_flamingo", "models": [served], "beams": 1}})
 
 
 @pytest.mark.parametrize(

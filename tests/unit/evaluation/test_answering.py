@@ -76,8 +76,8 @@ class Opened(Task):
     def load(self) -> Questions:
         raise AssertionError("a request is made of what was read")
 
-    def opening(self, style: Style) -> str:
-        return f"Opening for {style}. "
+    def opening(self, style: Style, shots: int) -> str:
+        return f"Opening for {style} of {shots}. "
 
     def words(self, item: Item, style: Style) -> str:
         return f"{style}: {item.question}"
@@ -111,7 +111,7 @@ def test_request_is_a_query_behind_its_demonstrations_in_the_words_of_a_style(st
     items = [Item(f"{place}", (f"{place}",), f"{place}?", f"answer {place}") for place in range(3)]
     request = request_of(Opened(), Shown(items[2], tuple(items[:2])), style)
     assert [turn.question for turn in request.turns] == [
-        f"Opening for {style}. {style}: 0?",
+        f"Opening for {style} of 2. {style}: 0?",
         f"{style}: 1?",
         f"{style}: 2?",
     ]
@@ -120,7 +120,7 @@ def test_request_is_a_query_behind_its_demonstrations_in_the_words_of_a_style(st
     assert not any(turn.scored for turn in request.turns)
     assert (request.max_new_tokens, request.choices) == (7, ("answer 2", "something else"))
     alone = request_of(Opened(), Shown(items[2], ()), style)
-    assert alone.turns == (Turn(("2",), f"Opening for {style}. {style}: 2?", None),)
+    assert alone.turns == (Turn(("2",), f"Opening for {style} of 0. {style}: 2?", None),)
 
 
 @pytest.mark.parametrize("request_", [*REQUESTS, Request((Turn((), 'ein "Kätzchen"\n猫?', None),), 4)])
@@ -161,6 +161,7 @@ def test_key_changes_with_everything_that_an_answer_depends_on() -> None:
         replace(request, turns=request.turns[1:]),
         replace(request, turns=(request.turns[1], request.turns[0], request.turns[2])),
         replace(request, max_new_tokens=7),
+        replace(request, beams=3),
         replace(request, choices=CHOICES[:2]),
         replace(request, choices=()),
     ]
@@ -217,6 +218,25 @@ def test_answer_is_cut_where_its_request_says(backbone: HuggingFaceBackbone) -> 
     ids = [backbone.tokenizer(reply.text, add_special_tokens=False)["input_ids"] for reply in (whole, cut)]
     assert whole.text.startswith(cut.text)
     assert 0 < len(ids[1]) < len(ids[0])
+
+
+def test_answers_are_searched_for_by_as_many_beams_as_are_asked_for(
+    method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = list[int]()
+    search = Method.generate
+
+    def generate(self: Method, prompts: Any, most: int, beams: int = 1) -> list[list[int]]:
+        used.append(beams)
+        return search(self, prompts, most, beams)
+
+    monkeypatch.setattr(Method, "generate", generate)
+    greedy, searched = (
+        LocalAnswerer(method).answer([replace(one, beams=count) for one in REQUESTS], PICTURES)
+        for count in (1, 4)
+    )
+    assert used == [1, 4]
+    assert [one.text for one in greedy] != [one.text for one in searched]
 
 
 def test_prompt_tokens_are_the_positions_of_a_written_out_prompt(backbone: HuggingFaceBackbone) -> None:

@@ -214,6 +214,8 @@ def test_opening_of_a_wording_stands_before_the_first_demonstration_that_is_show
         ).turns
         assert first.question.startswith(opening)
         assert not any(opening in turn.question for turn in others)
+    (asked,) = request_of(_task(wording="released"), Shown(shown.query, ()), "chat").turns
+    assert opening not in asked.question
 
 
 def _kind_row(key: str, kinds: Sequence[str]) -> dict[str, Any]:
@@ -232,6 +234,16 @@ def test_kind_always_shows_the_one_of_the_querys_kind(shots: int) -> None:
     assert [item.answer for item in shown].count("cats") == 1
     assert [item.id for item in shown] == sorted(item.id for item in shown)
     assert set(map(_key, shown)) <= set(map(_key, _shown(task, 4).demonstrations))
+
+
+def test_kind_shows_as_another_querys_demonstrations_what_has_other_answers() -> None:
+    kinds = [["cups", "boats", "cups"], ["trees", "cups", "cups"], ["cats", "hats", "cats"]]
+    task = KindTask([_kind_row(f"1-{number}", row) for number, row in enumerate(kinds)], NoPictures())
+    plain, other = lay_out(task, EvaluateConfig(shots=(2,), controls=("other",))).cells
+    shown = [one.demonstrations for one in plain.shown]
+    # The second question stands next to the first, but one of its demonstrations is of the first one's kind.
+    assert [one.demonstrations for one in other.shown] == [shown[2], shown[2], shown[0]]
+    assert [one.query for one in other.shown] == [one.query for one in plain.shown]
 
 
 @pytest.mark.parametrize("task_name", ["kind", "true_name"])

@@ -14,7 +14,9 @@ from nltk.tokenize.destructive import NLTKWordTokenizer
 
 from mmicl_core.config.evaluation_tasks import CaptionsConfig
 from mmicl_core.errors import ConfigError, DataError
-from mmicl_core.evaluation.tasks.base import Item, Prediction
+from mmicl_core.evaluation.answering import request_of
+from mmicl_core.evaluation.controls import Shown
+from mmicl_core.evaluation.tasks.base import Item, Prediction, Style
 from mmicl_core.evaluation.tasks.captions import CaptionsTask, cider_scores, words_of
 
 Dataset = Literal["coco", "flickr30k"]
@@ -214,6 +216,12 @@ def test_words_are_those_of_the_style(tmp_path: Path) -> None:
     assert task.turn(item, "open_flamingo").question == "Output:"
     assert "one-sentence caption" in task.turn(item, "chat").question
     assert task.turn(item, "chat").answer == "A cat."
+
+
+@pytest.mark.parametrize("style", ["chat", "open_flamingo"])
+def test_caption_has_twenty_tokens_in_either_style(tmp_path: Path, style: Style) -> None:
+    shown = Shown(_items(REFERENCES)[0], ())
+    assert request_of(_task(tmp_path), shown, style).max_new_tokens == 20
 
 
 @pytest.mark.parametrize("caption", OFFICIAL_WORDS)

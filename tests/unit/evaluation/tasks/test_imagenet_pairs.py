@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from mmicl_core.config.evaluation_tasks import ImageNetPairsConfig
+from mmicl_core.data.wordings import WORDINGS
 from mmicl_core.errors import DataError
+from mmicl_core.evaluation.answering import request_of
+from mmicl_core.evaluation.controls import Shown
 from mmicl_core.evaluation.tasks.base import Prediction
 from mmicl_core.evaluation.tasks.imagenet_pairs import MOST_QUESTIONS, ImageNetPairsTask
 from tests.unit.evaluation.tasks.scoring import write_json_lines
@@ -70,6 +73,19 @@ def test_demonstrations_are_the_first_context_samples_of_both_classes(tmp_path: 
     for query in task.load().queries:
         shown = {item.pictures[0] for item in task.demonstrations(query, 4, random.Random(0))}
         assert shown == {*rows[0]["context_samples"][:2], *rows[1]["context_samples"][:2]}
+
+
+def test_opening_stands_before_whichever_demonstration_is_the_first(tmp_path: Path) -> None:
+    task = _task(tmp_path, _class("n01440764"), _class("n02640242"))
+    query = task.load().queries[0]
+    shown = task.demonstrations(query, 4, random.Random(0))
+    words = WORDINGS["released"]
+    for demonstrations in (shown, shown[::-1]):
+        *turns, _ = request_of(task, Shown(query, tuple(demonstrations)), "chat").turns
+        assert [turn.question for turn in turns] == [
+            words.opening + words.shown_question,
+            *[words.shown_question] * 3,
+        ]
 
 
 def test_no_class_is_asked_about_more_than_fifty_times(tmp_path: Path) -> None:

@@ -8,13 +8,21 @@ import pytest
 
 from mmicl_core.config.evaluation_tasks import IsekaiConfig
 from mmicl_core.errors import DataError
-from mmicl_core.evaluation.tasks.base import Item, Prediction
+from mmicl_core.evaluation.answering import request_of
+from mmicl_core.evaluation.controls import Shown, change
+from mmicl_core.evaluation.tasks.base import Item, Prediction, Style
 from mmicl_core.evaluation.tasks.isekai import IsekaiTask
 from tests.unit.evaluation.tasks.scoring import columns_of, numbers_of, write_json_lines
 
 MOST = 4
 POSITIVE = [f"icemic/{number}.png" for number in range(MOST)]
 NEGATIVE = [f"ice cream/{number}.png" for number in range(MOST)]
+OPENING = (
+    "You should find the causal relationship between the examples I am going to show you. And use that to "
+    "answer to the [FINAL QUESTION]. "
+)
+SHOWN = "[BEGIN EXAMPLE] What is in the image?"
+ASKED = "[FINAL QUESTION]: Based on the previous examples, what is in the image?"
 
 
 def _row(**changes: Any) -> dict[str, Any]:
@@ -66,11 +74,45 @@ def test_questions_about_one_picture_are_one_group(tmp_path: Path) -> None:
     assert one.group == other.group and one.id != other.id
 
 
+@pytest.mark.parametrize("style", ["chat", "open_flamingo"])
+@pytest.mark.parametrize("shots", [1, 2, 5])
+def test_model_reads_the_sentences_of_the_released_code_with_its_opening_once(
+    tmp_path: Path, style: Style, shots: int
+) -> None:
+    task, query = _query(tmp_path)
+    shown = _shown(task, query, shots)
+    *turns, asked = request_of(task, Shown(query, tuple(shown)), style).turns
+    assert [turn.question for turn in turns] == [OPENING + SHOWN, *[SHOWN] * (shots - 1)]
+    assert [turn.pictures for turn in turns] == [item.pictures for item in shown]
+    names = [item.pictures[0].partition("/")[0] for item in shown]
+    assert [turn.answer for turn in turns] == [
+        f'there is "{name}" in the image. [END EXAMPLE]' for name in names
+    ]
+    assert (asked.question, asked.pictures, asked.answer) == (ASKED, query.pictures, None)
+
+
+def test_query_without_demonstrations_has_no_opening_as_in_the_released_code(tmp_path: Path) -> None:
+    task, query = _query(tmp_path)
+    (asked,) = request_of(task, Shown(query, ()), "chat").turns
+    assert asked.question == ASKED
+
+
+def test_opening_still_stands_first_where_demonstrations_are_reversed(tmp_path: Path) -> None:
+    task, query = _query(tmp_path)
+    shown = Shown(query, tuple(_shown(task, query, 6)))
+    turned = change(task, shown, "reversed", None, 1)
+    assert turned is not None
+    before, after = (request_of(task, one, "chat").turns for one in (shown, turned))
+    assert [turn.question for turn in after] == [OPENING + SHOWN, *[SHOWN] * 5, ASKED]
+    assert [turn.pictures for turn in after[:-1]] == [turn.pictures for turn in before[-2::-1]]
+    assert [turn.answer for turn in after[:-1]] == [turn.answer for turn in before[-2::-1]]
+
+
 def test_query_is_asked_in_the_sentence_of_the_released_code_in_either_style(tmp_path: Path) -> None:
     task, query = _query(tmp_path)
     for style in ("chat", "open_flamingo"):
         turn = task.turn(query, style)  # type: ignore[arg-type]
-        assert turn.question == "[FINAL QUESTION]: Based on the previous examples, what is in the image?"
+        assert turn.question == ASKED
         assert turn.answer == 'there is "icemic" in the image.'
 
 
@@ -84,20 +126,6 @@ def test_demonstrations_are_the_first_of_both_lists_and_more_hold_fewer(tmp_path
             taken = [picture for picture in pictures if picture in shown]
             assert taken == pictures[: len(taken)] and len(taken) in (shots // 2, (shots + 1) // 2)
         before = shown
-
-
-def test_demonstrations_have_the_words_of_the_released_code_and_its_opening_once(tmp_path: Path) -> None:
-    task, query = _query(tmp_path)
-    first, *rest = _shown(task, query, 6)
-    opening, begin, question = first.question.partition("[BEGIN EXAMPLE]")
-    assert opening == (
-        "You should find the causal relationship between the examples I am going to show you. And use that "
-        "to answer to the [FINAL QUESTION]. "
-    )
-    assert question == " What is in the image?" and {item.question for item in rest} == {begin + question}
-    for item in (first, *rest):
-        name = item.pictures[0].partition("/")[0]
-        assert item.answer == f'there is "{name}" in the image. [END EXAMPLE]'
 
 
 def test_order_of_demonstrations_is_drawn_with_the_seed(tmp_path: Path) -> None:

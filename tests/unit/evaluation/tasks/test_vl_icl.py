@@ -127,7 +127,7 @@ def test_instruction_stands_before_all_turns_and_never_in_one(tmp_path: Path, na
     questions = task.load()
     query = questions.queries[0]
     shown = task.demonstrations(query, 2, random.Random(0)) or questions.pool[:2]
-    assert len(task.opening("chat")) > 60 and task.opening("chat").endswith("\n")
+    assert len(task.opening("chat", 0)) > 60 and task.opening("chat", 0).endswith("\n")
     for item in (query, *shown):
         assert task.words(item, "chat") == item.question
         assert task.words(item, "open_flamingo") == f"{item.question}\nAnswer:"
@@ -144,7 +144,7 @@ def test_instructions_are_those_of_the_benchmark(tmp_path: Path) -> None:
     }
     for name in TASKS:
         task = _task(tmp_path, name)
-        assert task.opening("chat").startswith(begin[name])
+        assert task.opening("chat", 0).startswith(begin[name])
         assert task.max_new_tokens == 15
 
 

@@ -10,13 +10,18 @@ import pytest
 
 from mmicl_core.config.evaluation_tasks import VqaConfig
 from mmicl_core.errors import DataError
+from mmicl_core.evaluation.answering import request_of
+from mmicl_core.evaluation.controls import Shown
 from mmicl_core.evaluation.tasks.base import Item, Prediction
 from mmicl_core.evaluation.tasks.vqa import VqaTask
+from tests.unit.evaluation.tasks.scoring import columns_of, numbers_of
 
 Dataset = Literal["vqav2", "ok_vqa", "vizwiz", "textvqa"]
 DATASETS: tuple[Dataset, ...] = ("vqav2", "ok_vqa", "vizwiz", "textvqa")
 
 ANSWERS = ["net"] * 4 + ["netting"] + ["mesh"] * 5
+WRITTEN = {"net": "nets", "netting": "netting", "mesh": "meshes"}
+"""What OK-VQA keeps of an answer beside its stem."""
 FILES = {
     "vqav2": [
         "v2_OpenEnded_mscoco_val2014_questions.json",
@@ -70,7 +75,7 @@ def _coco_questions(split: str, image: int, question: str) -> dict[str, Any]:
 def _coco_annotations(split: str, image: int, answers: list[str], raw: bool) -> dict[str, Any]:
     said = [
         {"answer": answer, "answer_confidence": "yes", "answer_id": number + 1}
-        | ({"raw_answer": f"{answer}ting"} if raw else {})
+        | ({"raw_answer": WRITTEN.get(answer, answer)} if raw else {})
         for number, answer in enumerate(answers)
     ]
     annotation = {
@@ -171,6 +176,42 @@ def test_questions_about_one_picture_are_one_draw(tmp_path: Path) -> None:
 def test_answers_of_ok_vqa_are_the_stems_that_its_official_accuracy_reads(tmp_path: Path) -> None:
     (query,) = _published(tmp_path, "ok_vqa").load().queries
     assert query.references == tuple(ANSWERS)
+
+
+@pytest.mark.parametrize(
+    ("text", "stemmed", "unstemmed"),
+    [
+        ("mesh", 1.0, 0.0),
+        ("meshes", 0.0, 1.0),
+        ("Meshes.\nQuestion:", 0.0, 1.0),
+        ("netting", 0.3, 0.3),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_answer_to_ok_vqa_is_scored_by_stems_and_by_what_people_wrote(
+    tmp_path: Path, text: str, stemmed: float, unstemmed: float
+) -> None:
+    task = _published(tmp_path, "ok_vqa")
+    numbers = numbers_of(task.metrics, columns_of(task, task.load().queries, [text]))
+    assert list(numbers) == ["vqa_accuracy", "vqa_accuracy of unstemmed answers"]
+    assert list(numbers.values()) == pytest.approx([stemmed, unstemmed])
+
+
+@pytest.mark.parametrize("dataset", [dataset for dataset in DATASETS if dataset != "ok_vqa"])
+def test_answer_to_other_data_sets_has_the_official_accuracy_alone(tmp_path: Path, dataset: Dataset) -> None:
+    task = _published(tmp_path, dataset)
+    columns = columns_of(task, task.load().queries, ["mesh"])
+    assert numbers_of(task.metrics, columns) == {"vqa_accuracy": 1.0}
+    assert list(columns) == ["vqa_accuracy"]
+
+
+@pytest.mark.parametrize("form", ["answer", "raw_answer"])
+def test_answer_of_ok_vqa_without_one_of_its_forms_is_named(tmp_path: Path, form: str) -> None:
+    task = _published(tmp_path, "ok_vqa")
+    _edit(tmp_path / FILES["ok_vqa"][1], lambda told: told["annotations"][0]["answers"][2].pop(form))
+    told = rf"mscoco_val2014_annotations.json: record 0: an answer has no text in its field {form}: take"
+    with pytest.raises(DataError, match=told):
+        task.load()
 
 
 def test_answers_are_joined_to_questions_by_id_whatever_their_order(tmp_path: Path) -> None:
@@ -291,6 +332,18 @@ def test_open_flamingo_is_asked_in_its_words_and_shown_what_the_first_person_sai
     assert turn.question == "Question:What is this? Short answer:"
     assert turn.answer == "net"
     assert turn.pictures == query.pictures
+
+
+@pytest.mark.parametrize(
+    ("dataset", "in_its_words"), [("vqav2", 5), ("ok_vqa", 5), ("vizwiz", 5), ("textvqa", 10)]
+)
+def test_open_flamingo_answers_in_as_many_tokens_as_its_evaluation_allows(
+    tmp_path: Path, dataset: Dataset, in_its_words: int
+) -> None:
+    task = _published(tmp_path, dataset)
+    shown = Shown(task.load().queries[0], ())
+    assert request_of(task, shown, "open_flamingo").max_new_tokens == in_its_words
+    assert request_of(task, shown, "chat").max_new_tokens == 10
 
 
 @pytest.mark.parametrize(
