@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BROWSERS := chromium chromium-browser google-chrome
 
-.PHONY: help quickstart test check bench trials clean
+.PHONY: help quickstart test check bench trials clean browser
 
 help:
 	@echo "make quickstart   the whole loop on real pictures: runs/quickstart/report.html"
@@ -18,7 +19,7 @@ help:
 quickstart: $(STAMP)
 	$(BIN)/mmicl quickstart --output runs/quickstart
 
-test: $(STAMP)
+test: $(STAMP) browser
 	$(BIN)/python -m pytest -q -n auto tests/house tests/unit
 	$(BIN)/python -m pytest -m "not bench and not trial" tests/integration tests/trials
 
@@ -33,6 +34,13 @@ bench: $(STAMP)
 
 trials: $(STAMP)
 	$(BIN)/python -m pytest -m trial -s --timeout=0
+
+# Tests open pages in it. Where there is none and it cannot be installed, these are skipped and say so.
+browser:
+	@for name in $(BROWSERS); do command -v $$name > /dev/null && exit; done; \
+	{ test "$$(id -u)" = 0 && apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -qq -y --no-install-recommends chromium > /dev/null; } \
+	|| echo "No Chromium is here, nor could it be installed: tests that open pages are skipped."
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

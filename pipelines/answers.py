@@ -13,6 +13,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mmicl_core.evaluation.endpoint import EndpointAnswerer
 from mmicl_core.evaluation.tasks.base import PictureSource
 from mmicl_core.methods import load_method
 from mmicl_core.methods.base import Plain
+from pipelines.mistakes import carried, raise_carried
 
 __all__ = ["AnswerStore", "Asked", "ask", "measure"]
 
@@ -125,6 +127,8 @@ def ask(
         )
         for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             rows_of_batch: list[dict[str, Any]] = batch.to_pylist()  # type: ignore[union-attr]
+            for row in rows_of_batch:
+                raise_carried(row)
             told = {row["key"]: Reply(**json.loads(row["reply"])) for row in rows_of_batch}
             store.keep(told)
             known |= told
@@ -168,9 +172,17 @@ class _Worker:
     """One model that answers batch after batch."""
 
     def __init__(self, asked: Asked, sources: Sequence[PictureSource], counter: Any) -> None:
-        self._answerer, self._sources, self._counter = asked.build(), sources, counter
+        self._asked, self._sources, self._counter = asked, sources, counter
+
+    @cached_property
+    def _answerer(self) -> Answerer:
+        """Loaded with the first batch, as what is wrong with it can be carried from there."""
+        return self._asked.build()
 
     def __call__(self, rows: pa.Table) -> pa.Table:
+        return carried(lambda: self._answers(rows))
+
+    def _answers(self, rows: pa.Table) -> pa.Table:
         told = []
         for row in rows.to_pylist():
             requests = [Request.from_json(line) for line in row["requests"]]

@@ -44,7 +44,7 @@ from pipelines.episodes import describe
 from pipelines.materials import NEW_NANO, open_backbone
 from pipelines.progress import counting
 from pipelines.questions import open_task
-from pipelines.similar import rank_by_similarity
+from pipelines.similar import picture_digests, rank_by_similarity
 from pipelines.stages import Stage
 
 __all__ = ["PREDICTIONS_FILE", "RESULTS_FILE", "evaluate"]
@@ -191,8 +191,7 @@ def _digests(layout: Layout, requests: Sequence[Sequence[Request]]) -> dict[str,
         for turn in request.turns
         for key in turn.pictures
     }
-    read = layout.questions.pictures.read
-    return {key: hashlib.sha256(read(key)).hexdigest() for key in sorted(keys)}
+    return picture_digests(sorted(keys), layout.questions.pictures)
 
 
 def _ask_all(

@@ -21,15 +21,16 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
+import pyarrow as pa
 import ray
 
 from mmicl_core.data.files import file_digest, write_atomic
 from mmicl_core.data.schema import SCHEMA_VERSION
+from pipelines.mistakes import carried, raise_carried
 from pipelines.progress import counting
 from pipelines.stages import CONFIG_FILE, MANIFEST_FILE, Stage, read_manifest
 
@@ -215,25 +216,35 @@ def _make(
         done = described.map_batches(made, batch_size=1)
     counts: Counts = {}
     for row in done.iter_rows():
+        raise_carried(row)
         counts = add_counts(counts, json.loads(row["counts"]))
         check(counts)
 
 
-def _make_batch(
-    batch: dict[str, Any], *, build: Build, folder: Path, counter: Any
-) -> dict[str, np.ndarray[Any, Any]]:
-    counts = [_make_part(json.loads(part), build, folder) for part in batch["part"]]
-    ray.get(counter.add.remote(sum(int(json.loads(part)["size"]) for part in batch["part"])))
-    return {"counts": np.array([json.dumps(count) for count in counts])}
+def _make_batch(batch: dict[str, Any], *, build: Build, folder: Path, counter: Any) -> pa.Table:
+    def make() -> pa.Table:
+        parts = [json.loads(part) for part in batch["part"]]
+        counts = [json.dumps(_make_part(part, build, folder)) for part in parts]
+        ray.get(counter.add.remote(sum(int(part["size"]) for part in parts)))
+        return pa.table({"counts": counts})
+
+    return carried(make)
 
 
 class _Maker:
     def __init__(self, pool: Pool, folder: Path, counter: Any) -> None:
-        self._build = pool.make(*pool.arguments)
-        self._folder, self._counter = folder, counter
+        self._pool, self._folder, self._counter = pool, folder, counter
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-        return _make_batch(batch, build=self._build, folder=self._folder, counter=self._counter)
+    def __call__(self, batch: dict[str, Any]) -> pa.Table:
+        return _make_batch(batch, build=self._make, folder=self._folder, counter=self._counter)
+
+    @cached_property
+    def _build(self) -> Build:
+        """Loaded with the first part, as what is wrong with it can be carried from there."""
+        return self._pool.make(*self._pool.arguments)
+
+    def _make(self, part: Mapping[str, Any], folder: Path) -> tuple[dict[str, int], Counts]:
+        return self._build(part, folder)
 
 
 def _make_part(part: Mapping[str, Any], build: Build, folder: Path) -> Counts:

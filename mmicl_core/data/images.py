@@ -49,6 +49,9 @@ class PictureError(DataError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[PictureError], tuple[str, str]]:
+        return type(self), (self.reason, str(self))
+
 
 @dataclass(frozen=True)
 class Examined:

@@ -21,8 +21,9 @@ from PIL import Image
 
 from mmicl_core.backbones.decoding import greedy_tokens
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
-from mmicl_core.data.images import decode
+from mmicl_core.data.images import PictureError, decode
 from mmicl_core.data.pictures import PreparedPicture
+from mmicl_core.errors import DataError
 from mmicl_core.evaluation.controls import BLANK, Shown
 from mmicl_core.evaluation.tasks.base import PictureSource, Prediction, Style, Task
 from mmicl_core.methods.aim import Aim
@@ -144,7 +145,10 @@ def picture_of(key: str, pictures: PictureSource) -> Image.Image:
     Raises:
         DataError: it cannot be read or decoded.
     """
-    picture = decode(pictures.read(key.removeprefix(BLANK)))
+    try:
+        picture = decode(pictures.read(key.removeprefix(BLANK)))
+    except PictureError as error:
+        raise DataError(f"picture {key.removeprefix(BLANK)!r}: {error}") from error
     return Image.new("RGB", picture.size, "grey") if _is_blank(key) else picture
 
 

@@ -50,11 +50,11 @@ STYLE = """
 .verdict.no{border-color:#b42318;background:#fdf1f0}
 .verdict.open{border-color:#536072;background:#f4f6f8}
 h3{font-size:1rem;margin:1.6rem 0 .3rem}
-.plot svg{display:block;width:100%;height:auto;max-width:40rem}
 .wide{overflow-x:auto;margin:.6rem 0}
 .wide table{font-size:.9rem}
 .wide td,.wide th{padding-right:1.1rem}
 .wide .told{display:inline-block;min-width:9rem}
+@media(max-width:40rem){.wide .told{min-width:5rem}}
 .wide td.number,.wide th.number{text-align:right;white-space:nowrap}
 article{border-top:1px solid #dde3ea;padding:.6rem 0}
 article p{margin:.2rem 0 .5rem}
@@ -182,7 +182,7 @@ def _control(control: Told, scale: float) -> Control:
 
 def _compression(measured: Sequence[Told], tasks: Sequence[Told]) -> Iterator[str]:
     for task in tasks:
-        rows = [row for row in measured if row["task"] == task["task"]]
+        rows = [row for row in measured if row["task"] == task["label"]]
         if rows:
             yield f"<h2>Compression against {text(task['metric'])}: {text(task['label'])}</h2>"
             yield from _compression_chart(rows, task)

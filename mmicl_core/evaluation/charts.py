@@ -19,7 +19,22 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from mmicl_core.evaluation.drawing import INK, SOFT, Measure, lines_of, look, to_svg
+from mmicl_core.evaluation.drawing import (
+    COLOURS,
+    DOTS,
+    LETTERS,
+    LINE_HIGH,
+    ROUND,
+    WIDE,
+    Measure,
+    framed,
+    lines_of,
+    log_ticks,
+    look,
+    looks_of,
+    to_svg,
+)
+from mmicl_core.evaluation.pages import GREEN, INK, RED, SOFT
 
 __all__ = [
     "Control",
@@ -33,21 +48,12 @@ __all__ = [
 
 Expected = Literal["falls", "stays", "chance"]
 
-GREEN, RED = "#1a7f37", "#b42318"
-# Blue, vermilion, green, purple, orange, sky blue, black; yellow is too light for lines on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DOTS = (0, (1, 1.5))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
-
-# Inches; matplotlib's SVG has 72 units in each. Narrow, so that letters stay readable on a telephone.
-WIDE, LEFT, RIGHT, TOP, PLOT, BELOW = 5.7, 0.5, 0.6, 0.35, 2.7, 0.45
-LINE_HIGH, LETTERS = 0.17, 58
+# Inches.
+PLOT, ABOVE = 2.7, 0.35
 # Points of the picture between labels that say the same.
 NEAR = 20
-ROUND = (1, 2, 2.5, 5, 10)
 # A row of the controls: its words, its two bars.
-VALUES, WORDS_HIGH, BAR_HIGH, GAP, AXIS_HIGH = 1.75, 0.2, 0.17, 0.16, 0.5
+VALUES, WORDS_HIGH, BAR_HIGH, GAP, AXIS_HIGH = 1.75, 0.2, 0.17, 0.16, 0.58
 
 EXPECTED = {"falls": "\u2193 should fall", "stays": "= should stay", "chance": "\u2193 should fall to chance"}
 MET = {True: ("\u2713 does", GREEN), False: ("\u2717 does not", RED), None: ("? cannot be told", SOFT)}
@@ -108,7 +114,7 @@ def shots_chart(title: str, series: Sequence[Series], measure: Measure) -> str:
     """
     shots = sorted({mark.place for line in series for mark in line.marks})
     with look():
-        figure, axes = _figure(series)
+        figure, axes = _frame(series)
         step = 0.02 * max(_step(shots[-1]) - _step(shots[0]), 1)
         for number, line in enumerate(series):
             # Intervals at the same shots stand beside each other.
@@ -132,14 +138,14 @@ def compression_chart(title: str, series: Sequence[Series], measure: Measure) ->
     tokens = [mark.place for line in series for mark in line.marks]
     low, high = min(tokens) / 1.2, max(tokens) * 1.2
     with look():
-        figure, axes = _figure(series)
+        figure, axes = _frame(series)
         axes.set_xscale("log")
         axes.set_xlim(low, high)
         for number, line in enumerate(series):
             _draw(axes, number, line, [mark.place for mark in line.marks])
         _set_heights(axes, series, measure)
         _label(axes, series)
-        ticks = _log_ticks(low, high)
+        ticks = log_ticks(low, high)
         axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
         axes.set_xticks([], minor=True)
         axes.set_xlabel("tokens of the prompt, logarithmic; beside each point its shots")
@@ -184,38 +190,12 @@ def controls_chart(title: str, controls: Sequence[Control], measure: Measure) ->
         return to_svg(figure, title, " ".join(_told(control, measure) for control in controls))
 
 
-def _figure(series: Sequence[Series]) -> tuple[Figure, Axes]:
-    """A frame for lines, with their legend below it, a line for each and more for long names."""
-    names = ["\n".join(lines_of(line.name, LETTERS)) for line in series]
-    legend = LINE_HIGH * (sum(name.count("\n") + 1 for name in names) + 0.3 * len(names)) + 0.1
-    high = TOP + PLOT + BELOW + legend
-    figure = Figure(figsize=(WIDE, high))
-    handles = [_handle(number) for number in range(len(series))]
-    figure.legend(handles, names, loc="lower left", bbox_to_anchor=(0.02, 0.05 / high))
-    wide = WIDE - LEFT - RIGHT
-    axes = figure.add_axes((LEFT / WIDE, (BELOW + legend) / high, wide / WIDE, PLOT / high))
-    axes.grid(axis="y")
-    axes.tick_params(length=3)
-    return figure, axes
-
-
-def _handle(number: int) -> Line2D:
-    """The looks of a series: all three change with its number, in cycles of different lengths."""
-    return Line2D(
-        [],
-        [],
-        color=COLOURS[number % len(COLOURS)],
-        marker=MARKERS[number % len(MARKERS)],
-        linestyle=DASHES[number % len(DASHES)],
-        markersize=6,
-        markeredgecolor="white",
-        markeredgewidth=0.6,
-        linewidth=1.6,
-    )
+def _frame(series: Sequence[Series]) -> tuple[Figure, Axes]:
+    return framed([(looks_of(number), line.name) for number, line in enumerate(series)], PLOT, ABOVE)
 
 
 def _draw(axes: Axes, number: int, line: Series, places: Sequence[float]) -> None:
-    looks = _handle(number)
+    looks = looks_of(number)
     colour = COLOURS[number % len(COLOURS)]
     order = sorted(range(len(places)), key=lambda place: places[place])
     for place, mark in zip(places, line.marks, strict=True):
@@ -243,7 +223,9 @@ def _label(axes: Axes, series: Sequence[Series]) -> None:
             ):
                 continue
             written.append((mark.label, x, y))
-            beside = (5, -10) if after.value >= mark.value else (5, 4)
+            # Not among the numbers of the axis.
+            below = after.value >= mark.value and y - axes.bbox.y0 > NEAR
+            beside = (5, -10) if below else (5, 4)
             place = (mark.place, mark.value)
             axes.annotate(mark.label, place, beside, textcoords="offset points", fontsize=8)
 
@@ -275,17 +257,6 @@ def _apart(places: Sequence[float], least: float) -> list[int]:
         if not kept or place - places[kept[-1]] >= least:
             kept.append(number)
     return kept
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    round_ones = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
-    inside = [tick for tick in round_ones if low <= tick <= high]
-    if len(inside) > 7:
-        inside = [tick for tick in inside if math.log10(tick) % 1 < 1e-9]
-    if len(inside) < 3:
-        inside = [tick for tick in MaxNLocator(4, steps=ROUND).tick_values(low, high) if low <= tick <= high]
-    return inside
 
 
 def _draw_control(

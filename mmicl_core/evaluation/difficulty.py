@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmicl_core.evaluation.metrics import wilson_interval
-from mmicl_core.evaluation.pages import ORANGE, Bar, bar_chart, column_chart, facts_table
+from mmicl_core.evaluation.page_charts import Bar, bar_chart, column_chart
+from mmicl_core.evaluation.pages import VERMILION, facts_table
 
 __all__ = ["add_intervals", "render_difficulty"]
 
@@ -44,7 +45,7 @@ def render_difficulty(difficulty: Mapping[str, Any]) -> list[str]:
     if difficulty["class_similarity"] is not None:
         histogram = difficulty["class_similarity"]
         parts.append(f"<p>Similarity of the two classes, {histogram['mean']:.3f} on average</p>")
-        parts.append(_histogram({"classes": histogram}, "similarity of the classes"))
+        parts.append(_histogram("Similarity of the two classes", {"classes": histogram}, "cosine"))
     parts += _false_negatives(difficulty["false_negatives"])
     if difficulty["ranks"] is not None:
         parts += _ranks(difficulty["ranks"])
@@ -67,10 +68,10 @@ def _picture_similarity(similarity: Mapping[str, Any] | None) -> list[str]:
     told = (
         f"Similarity of two demonstrations of one class (positive) or of both (negative); on average {means}"
     )
-    return [f"<p>{told}</p>", _histogram(kinds, "cosine of two demonstrations")]
+    return [f"<p>{told}</p>", _histogram("Similarity of two demonstrations", kinds, "cosine")]
 
 
-def _histogram(kinds: Mapping[str, Mapping[str, Any]], under: str) -> str:
+def _histogram(title: str, kinds: Mapping[str, Mapping[str, Any]], under: str) -> str:
     edges = next(iter(kinds.values()))["edges"]
     shares = {
         kind: [count / sum(histogram["counts"]) for count in histogram["counts"]]
@@ -80,7 +81,8 @@ def _histogram(kinds: Mapping[str, Mapping[str, Any]], under: str) -> str:
     used = [place for place in range(len(edges) - 1) if any(heights[place] for heights in shares.values())]
     span = slice(used[0], used[-1] + 1)
     groups = [f"{edge:.3g}" for edge in edges[:-1]][span]
-    return column_chart(groups, {kind: heights[span] for kind, heights in shares.items()}, under)
+    series = {kind: heights[span] for kind, heights in shares.items()}
+    return column_chart(title, groups, series, f"{under}, each column by its lower end")
 
 
 def _false_negatives(kinds: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -88,15 +90,20 @@ def _false_negatives(kinds: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for kind, label in FALSE_NEGATIVES.items():
         counted = kinds[kind]
         if not counted["episodes"]:
-            bars.append(Bar(label, 0.0, "nothing to compare", colour=ORANGE))
+            bars.append(Bar(label, 0.0, "nothing to compare", colour=VERMILION))
             continue
-        told = f"{100 * counted['share']:.3g} % of {counted['episodes']}"
-        bars.append(Bar(label, counted["share"], told, tuple(counted["interval"]), ORANGE))
+        low, high = counted["interval"]
+        told = f"{_percent(counted['share'])} % [{_percent(low)}, {_percent(high)}] of {counted['episodes']}"
+        bars.append(Bar(label, counted["share"], told, (low, high), VERMILION))
         if counted["examples"] and kind != "any":
             examples[label] = ", ".join(counted["examples"])
     told = "Episodes in which a picture of the second class may be one of the first, with 95 % intervals"
-    parts = [f"<p>{told}</p>", bar_chart(bars)]
+    parts = [f"<p>{told}</p>", bar_chart("False negatives", bars)]
     return [*parts, "<p>For example</p>", facts_table(examples)] if examples else parts
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}"
 
 
 def _ranks(ranks: Mapping[str, Any]) -> list[str]:
@@ -105,4 +112,4 @@ def _ranks(ranks: Mapping[str, Any]) -> list[str]:
     if ranks["without_rank"]:
         told += f"; in {ranks['without_rank']} it is none of them"
     series = {kind: ranks[kind] for kind in ("observed", "expected")}
-    return [f"<p>{told}</p>", column_chart(groups, series, "rank, 1 is the nearest")]
+    return [f"<p>{told}</p>", column_chart("Ranks", groups, series, "rank, 1 is the nearest")]

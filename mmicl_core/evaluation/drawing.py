@@ -11,22 +11,54 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 import textwrap
 import unicodedata
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
+from typing import Literal
 
 from matplotlib import style
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
-__all__ = ["INK", "SOFT", "Measure", "lines_of", "look", "to_svg"]
+from mmicl_core.evaluation.pages import BLUE, INK, RULE, SOFT, VERMILION
 
-INK, SOFT, GRID = "#1c2430", "#536072", "#dde3ea"
+__all__ = [
+    "COLOURS",
+    "DOTS",
+    "LETTERS",
+    "LINE_HIGH",
+    "ROUND",
+    "WIDE",
+    "Measure",
+    "framed",
+    "lines_of",
+    "log_ticks",
+    "look",
+    "looks_of",
+    "to_svg",
+]
+
+# Of the same palette then green, purple, orange, sky blue, black; yellow is too light for lines on white.
+COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DOTS = (0, (1, 1.5))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
+
+# Inches; matplotlib's SVG has 72 units in each. Narrow, so that letters stay readable on a telephone.
+WIDE, LEFT, RIGHT, BELOW = 5.7, 0.6, 0.6, 0.45
 UNITS = 72
-MOST_LINES = 3
+LINE_HIGH, LETTERS = 0.17, 58
+MOST_LINES, MOST_TICKS = 3, 7
+ROUND = (1, 2, 2.5, 5, 10)
 
 STYLE = {
     "svg.fonttype": "none",
@@ -40,7 +72,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "grid.color": GRID,
+    "grid.color": RULE,
     "xtick.color": SOFT,
     "ytick.color": SOFT,
     "legend.frameon": False,
@@ -48,6 +80,8 @@ STYLE = {
     "legend.borderpad": 0,
     "legend.borderaxespad": 0,
     "hatch.linewidth": 0.8,
+    # Units of the picture: of a long line, what cannot be seen is left out.
+    "path.simplify_threshold": 0.5,
 }
 
 
@@ -73,6 +107,56 @@ class Measure:
 def look() -> AbstractContextManager[None]:
     """In this context figures are made with these settings, whatever those of the process are."""
     return style.context(["default", STYLE])
+
+
+def looks_of(number: int) -> Line2D:
+    """A line without points that looks like the series of this number.
+
+    Its colour, marker and dashes all change with the number, in cycles of different lengths.
+    """
+    return Line2D(
+        [],
+        [],
+        color=COLOURS[number % len(COLOURS)],
+        marker=MARKERS[number % len(MARKERS)],
+        linestyle=DASHES[number % len(DASHES)],
+        markersize=6,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        linewidth=1.6,
+    )
+
+
+def framed(legend: Sequence[tuple[Artist, str]], plot_high: float, above: float) -> tuple[Figure, Axes]:
+    """A frame over the whole width, with a legend below it, a line for each name and more for long ones.
+
+    Args:
+        plot_high: inches, of the frame alone.
+        above: inches, for what stands on top of it.
+    """
+    names = ["\n".join(lines_of(name, LETTERS)) for _, name in legend]
+    below = LINE_HIGH * (sum(name.count("\n") + 1 for name in names) + 0.3 * len(names)) + 0.1
+    high = above + plot_high + BELOW + below
+    figure = Figure(figsize=(WIDE, high))
+    if legend:
+        looks = [shown for shown, _ in legend]
+        figure.legend(looks, names, loc="lower left", bbox_to_anchor=(0.02, 0.05 / high))
+    wide = WIDE - LEFT - RIGHT
+    axes = figure.add_axes((LEFT / WIDE, (BELOW + below) / high, wide / WIDE, plot_high / high))
+    axes.grid(axis="y")
+    axes.tick_params(length=3)
+    return figure, axes
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """A few round numbers from `low` to `high`, both above 0, for a logarithmic axis."""
+    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    inside = [digit * power for power in powers for digit in (1, 2, 5) if low <= digit * power <= high]
+    if len(inside) > MOST_TICKS:
+        inside = [power for power in powers if low <= power <= high]
+    if len(inside) < 3:
+        inside = [tick for tick in MaxNLocator(4, steps=ROUND).tick_values(low, high) if low <= tick <= high]
+    return inside[:: -(-len(inside) // MOST_TICKS)]
 
 
 def lines_of(name: str, letters: int) -> list[str]:

@@ -11,43 +11,35 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmicl_core.evaluation.difficulty import render_difficulty
-from mmicl_core.evaluation.pages import (
-    BLUE,
-    ORANGE,
-    Bar,
-    bar_chart,
-    facts_table,
-    picture,
-    render_page,
-    text,
-)
+from mmicl_core.evaluation.page_charts import Bar, bar_chart
+from mmicl_core.evaluation.pages import VERMILION, facts_table, picture, render_page, text
 
 __all__ = ["PreviewedEpisode", "ShownPicture", "render_corpus_preview", "render_episodes_preview"]
 
-STYLE = f"""
-figure{{width:8.2rem;padding:.4rem;box-sizing:border-box}}
-figure img,.empty{{display:block;margin:0 auto .3rem;max-width:100%;height:7rem;object-fit:contain}}
-.empty{{line-height:7rem;background:#f1f4f7;color:#536072;font-size:.8rem}}
-figcaption{{font-size:.8rem;line-height:1.35}}
-figcaption>*{{display:block}}
-.name,.few,.key{{display:-webkit-box!important;-webkit-box-orient:vertical;-webkit-line-clamp:3;overflow:hidden}}
-.key{{-webkit-line-clamp:2;font:.7rem/1.3 ui-monospace,monospace;color:#536072}}
-.name,.tag{{font-weight:600}}
-.small{{font-size:.75rem}}
-article{{border-top:1px solid #dde3ea;padding:.8rem 0}}
-article h3{{font-size:1rem;margin:0}}
-article p{{margin:.1rem 0 .6rem}}
-article .row{{gap:.4rem}}
-article figure img,article .empty{{height:5rem}}
-article .empty{{line-height:5rem}}
-figure.query{{border:2px solid #1c2430}}
-figure.first{{border-top:5px solid {BLUE}}}
-figure.second{{border-top:5px solid {ORANGE}}}
-figure.talk{{width:16.8rem}}
-.wordy figure{{width:12.5rem;text-align:left}}
-.wordy .name,.wordy .few{{-webkit-line-clamp:6}}
-.tag.first{{color:{BLUE}}}
-.tag.second{{color:#b4551a}}
+STYLE = """
+figure{width:8.2rem;padding:.4rem;box-sizing:border-box}
+figure img,.empty{display:block;margin:0 auto .3rem;max-width:100%;height:7rem;object-fit:contain}
+.empty{line-height:7rem;background:#f1f4f7;color:var(--soft);font-size:.8rem}
+figcaption{font-size:.8rem;line-height:1.35}
+figcaption>*{display:block}
+.name,.few,.key{display:-webkit-box!important;-webkit-box-orient:vertical;-webkit-line-clamp:3;overflow:hidden}
+.key{-webkit-line-clamp:2;font:.7rem/1.3 ui-monospace,monospace;color:var(--soft)}
+.name,.tag{font-weight:600}
+.small{font-size:.75rem}
+article{border-top:1px solid var(--rule);padding:.8rem 0}
+article h3{font-size:1rem;margin:0}
+article p{margin:.1rem 0 .6rem}
+article .row{gap:.4rem}
+article figure img,article .empty{height:5rem}
+article .empty{line-height:5rem}
+figure.query{border:2px solid var(--ink)}
+figure.first{border-top:5px solid var(--first)}
+figure.second{border-top:5px solid var(--second)}
+figure.talk{width:16.8rem}
+.wordy figure{width:12.5rem;text-align:left}
+.wordy .name,.wordy .few{-webkit-line-clamp:6}
+.tag.first{color:var(--first)}
+.tag.second{color:#b4551a}
 """
 CLASSES = ("first", "second")
 WORDY = 40
@@ -95,7 +87,7 @@ def render_corpus_preview(
         "<h1>A look at a corpus</h1>",
         f"<p class=lead>{text(corpus)}: {read} samples, {len(sampled)} pictures shown.</p>",
         "<h2>What became of the samples</h2>",
-        bar_chart(_what_became(counts)),
+        bar_chart("What became of the samples", _what_became(counts)),
         "<h2>Pictures, evenly spread</h2>",
         _row(map(_shown_picture, sampled)),
     ]
@@ -134,7 +126,7 @@ def _what_became(counts: Mapping[str, Any]) -> list[Bar]:
         for reason in counts["reasons"]:
             if reason["stage"] == stage:
                 count = reason["count"]
-                bars.append(Bar(reason["reason"], _share(count, read), _told(count, read), colour=ORANGE))
+                bars.append(Bar(reason["reason"], _share(count, read), _told(count, read), colour=VERMILION))
     return bars
 
 

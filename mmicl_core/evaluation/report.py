@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from mmicl_core.evaluation.pages import Bar, bar_chart, facts_table, picture, render_page
+from mmicl_core.evaluation.page_charts import Bar, bar_chart
+from mmicl_core.evaluation.pages import facts_table, picture, render_page
 
 __all__ = ["CONDITION_LABELS", "ShownEpisode", "accuracy_table", "render_report"]
 
@@ -20,7 +21,7 @@ CONDITION_LABELS = {
 }
 
 STYLE = "figure img{width:72px;height:72px}"
-CHANCE = (0.5, "one of the two names, at random")
+CHANCE = (0.5, "chance, 0.500: one of the two names, at random")
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ def render_report(report: Mapping[str, Any], episode: ShownEpisode) -> str:
         "<h2>The episode that the server was asked about</h2>",
         _episode(episode),
         "<h2>Accuracy, with its 95 % interval</h2>",
-        bar_chart(bars, CHANCE),
+        bar_chart("Accuracy", bars, CHANCE),
         f"<h2>Prompt tokens of the {shots} demonstrations: {ratio:.1f} times fewer</h2>",
-        bar_chart(_token_bars(prompt)),
+        bar_chart("Prompt tokens of the demonstrations", _token_bars(prompt)),
         "<h2>The run</h2>",
         facts_table(_facts(report)),
     ]
@@ -87,8 +88,8 @@ def _episode(episode: ShownEpisode) -> str:
 
 
 def _accuracy_bar(label: str, score: Mapping[str, float]) -> Bar:
-    accuracy = score["accuracy"]
-    return Bar(label, accuracy, f"{accuracy:.3f}", (score["low"], score["high"]))
+    accuracy, low, high = (score[name] for name in ("accuracy", "low", "high"))
+    return Bar(label, accuracy, f"{accuracy:.3f} [{low:.3f}, {high:.3f}]", (low, high))
 
 
 def _token_bars(prompt: Mapping[str, float]) -> list[Bar]:

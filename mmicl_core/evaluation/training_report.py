@@ -23,11 +23,12 @@ from statistics import median
 from typing import Any
 
 from mmicl_core.data.files import write_atomic
-from mmicl_core.evaluation.pages import BLUE, ORANGE, Line, facts_table, line_chart, render_page, text
+from mmicl_core.evaluation.page_charts import Line, line_chart
+from mmicl_core.evaluation.pages import facts_table, render_page, text
 
 __all__ = ["render_training", "write_training_page"]
 
-Points = list[tuple[float, float]]
+Points = list[tuple[int, float]]
 
 UNDER = "step"
 # A curve is summed up by medians over this share of it to both sides.
@@ -79,15 +80,15 @@ def render_training(lines: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
 
 def _charts(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     loss = [
-        *_summed_up("loss", _points(lines, "loss"), BLUE),
-        Line("validation loss", _points(lines, "validation_loss"), ORANGE),
+        *_summed_up("loss", _points(lines, "loss")),
+        Line("validation loss", _points(lines, "validation_loss")),
     ]
     seconds = [
-        *_summed_up("waiting for data", _points(lines, "data_seconds"), ORANGE),
-        *_summed_up("computing", _points(lines, "compute_seconds"), BLUE),
+        *_summed_up("waiting for data", _points(lines, "data_seconds")),
+        *_summed_up("computing", _points(lines, "compute_seconds")),
     ]
-    norm = _summed_up("gradient norm", _points(lines, "gradient_norm"), BLUE)
-    speed = _summed_up("tokens", _points(lines, "tokens_per_second"), BLUE)
+    norm = _summed_up("gradient norm", _points(lines, "gradient_norm"))
+    speed = _summed_up("tokens", _points(lines, "tokens_per_second"))
     if loss[0].faint:
         yield "<p class=soft>Thin: lines of the log. Thick: their running median.</p>"
     yield from _chart("Loss", loss, logarithmic=True)
@@ -101,22 +102,22 @@ def _chart(title: str, lines: Sequence[Line], *, logarithmic: bool = False) -> I
     shown = [line for line in lines if _finite(line.points)]
     if shown:
         yield f"<h2>{title}</h2>"
-        yield line_chart(shown, UNDER, logarithmic=logarithmic)
+        yield line_chart(title, shown, UNDER, logarithmic=logarithmic)
 
 
 def _points(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
     return [(line["step"], float(line[name])) for line in lines if line.get(name) is not None]
 
 
-def _finite(points: Sequence[tuple[float, float]]) -> list[float]:
+def _finite(points: Sequence[tuple[int, float]]) -> list[float]:
     return [value for _, value in points if math.isfinite(value)]
 
 
-def _summed_up(name: str, points: Points, colour: str) -> list[Line]:
+def _summed_up(name: str, points: Points) -> list[Line]:
     """A curve, with its running median where it is long enough to need one."""
     if len(points) < LEAST_SMOOTHED:
-        return [Line(name, points, colour)]
-    return [Line(name, points, colour, faint=True), Line(name, _smooth(points), colour)]
+        return [Line(name, points)]
+    return [Line(name, points, faint=True), Line(name, _smooth(points))]
 
 
 def _smooth(points: Points) -> Points:

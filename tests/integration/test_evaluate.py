@@ -1,17 +1,29 @@
-"""Evaluation as a command, on a real Ray, of models behind a server that remembers what it was asked."""
+"""Evaluation as a command, on a real Ray, of models behind a server that remembers what it was asked; and of
+one model at home and behind this project's own server."""
 
 from __future__ import annotations
 
 import json
+import random
+import socket
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from mmicl_core.config.corpus import CorpusConfig, NeighbourConfig
+from mmicl_core.config.evaluate import AskedModel, EvaluateConfig
+from mmicl_core.config.evaluation_tasks import NamingConfig
+from mmicl_core.config.run import RunConfig
+from mmicl_core.config.serve import ServeConfig
 from mmicl_core.evaluation.endpoint import AT_ONCE
+from pipelines.evaluate import evaluate
+from pipelines.serve import app
 from tests.chat_server import ChatServer
 from tests.commands import Command
 from tests.fakes import write_corpus
@@ -75,28 +87,102 @@ def test_model_that_copies_its_last_demonstration_is_found_out(undisturbed: Any)
     assert controls["swapped"]["met"] is not True
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.trial) for n in range(1, 6))])
 def test_evaluation_killed_at_any_moment_asks_nothing_twice_and_ends_with_the_same_results(
-    corpus: str, undisturbed: Any, tmp_path: Path
+    corpus: str, undisturbed: Any, tmp_path: Path, seed: int
 ) -> None:
+    kills = [CELLS * QUERIES // 2]
+    if seed:
+        kills = sorted(random.Random(seed).sample(range(1, CELLS * QUERIES), 3))
     with ChatServer(seconds=0.2) as server:
         arguments = _arguments(corpus, tmp_path, server.url)
-        with Command(*arguments) as command:
-            while command.process.poll() is None and len(server.asked) < CELLS * QUERIES // 2:
-                time.sleep(0.01)
-            command.process.kill()
-            command.process.communicate()
-            command.wait_until_nothing_is_left()
-        before = Counter(server.asked)
+        for moment in kills:
+            with Command(*arguments) as command:
+                _wait_until_asked(command, server, moment)
+                command.process.kill()
+                command.process.communicate()
+                command.wait_until_nothing_is_left()
+        before = len(server.asked)
         with Command(*arguments) as command:
             code, out, err = command.end()
         assert code == 0, err
-    asked = Counter(server.asked)
-    again = [digest for digest, count in asked.items() if count > 1]
-    # What was on its way when the kill came, and what had come back and was not kept yet.
-    assert len(again) <= 2 * WORKERS * max(BATCH, AT_ONCE)
-    assert max(asked.values()) <= 2
-    assert sum(before.values()) < sum(asked.values())
-    task, rows = _results(out)
-    whole, all_rows = undisturbed
-    assert rows == all_rows
-    assert task == whole
+    again = sum(count - 1 for count in Counter(server.asked).values())
+    # What was on its way when a kill came, and what had come back and was not kept yet.
+    assert again <= 2 * WORKERS * max(BATCH, AT_ONCE) * len(kills)
+    assert before < len(server.asked) <= CELLS * QUERIES + again
+    assert _results(out) == undisturbed
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(3))
+def test_evaluation_whose_worker_is_killed_goes_on_and_ends_with_the_same_results(
+    corpus: str, undisturbed: Any, tmp_path: Path, seed: int
+) -> None:
+    moment = random.Random(seed).randrange(8, CELLS * QUERIES // 2)
+    with (
+        ChatServer(seconds=0.2) as server,
+        Command(*_arguments(corpus, tmp_path, server.url)) as command,
+    ):
+        _wait_until_asked(command, server, moment)
+        workers = [
+            process
+            for process in psutil.Process(command.process.pid).children(recursive=True)
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::MapWorker")
+        ]
+        workers[0].kill()
+        code, out, err = command.end()
+    assert code == 0, err
+    assert _results(out) == undisturbed
+
+
+def _wait_until_asked(command: Command, server: ChatServer, count: int) -> None:
+    while command.process.poll() is None and len(server.asked) < count:
+        time.sleep(0.01)
+    assert command.process.poll() is None, "it ended before the kill"
+
+
+@pytest.fixture
+def own_server(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of nano behind this project's server."""
+    # Ray outlives the server, which must leave nothing on it.
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    yield app.start(RunConfig(serve=ServeConfig(port=port, bank=str(tmp_path / "bank")))) + "/v1"
+    app.stop()
+
+
+def test_model_answers_and_scores_behind_the_projects_own_server_as_it_does_at_home(
+    corpus: str, own_server: str, tmp_path: Path
+) -> None:
+    names = ("at home", "served")
+    models = (AskedModel(name=names[0]), AskedModel(name=names[1], endpoint=own_server, served_model="nano"))
+    run = RunConfig(
+        corpus=CorpusConfig(path=corpus),
+        neighbours=NeighbourConfig(count=2),
+        evaluate=EvaluateConfig(
+            tasks=(NamingConfig(part="train"),),
+            models=models,
+            shots=(0, 4),
+            controls=("swapped", "blank"),
+            queries=8,
+            batch=BATCH,
+            num_workers=1,
+            timed=1,
+        ),
+    )
+    results = evaluate(run, tmp_path)
+    rows = pq.read_table(Path(results["folder"]) / "predictions.parquet").to_pylist()
+    home, served = ([{**row, "model": None} for row in rows if row["model"] == name] for name in names)
+    assert served == home
+    assert len({row["answer"] for row in home}) > 2 and None not in {row["prompt_tokens"] for row in home}
+    first, second = results["tasks"][0]["curves"]
+    assert second["points"] == first["points"]
+    lengths = {
+        name: [row["prompt_tokens"] for row in results["compression"] if row["model"] == name]
+        for name in names
+    }
+    assert lengths[names[0]] == lengths[names[1]] and None not in lengths[names[0]]

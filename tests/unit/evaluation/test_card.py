@@ -57,7 +57,7 @@ def example(right: bool) -> dict[str, Any]:
 
 
 def compressed(model: str, shots: int, tokens: int | None) -> dict[str, Any]:
-    score = {"task": "two_way", "model": model, "shots": shots, "value": 0.6, "low": 0.55, "high": 0.65}
+    score = {"task": "2-way naming", "model": model, "shots": shots, "value": 0.6, "low": 0.55, "high": 0.65}
     cost = {"kv_bytes": 3 * 2**20, "ttft_ms": 58.4, "tokens_per_second": None}
     return {**score, "prompt_tokens": tokens, **cost}
 

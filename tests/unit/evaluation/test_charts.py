@@ -19,10 +19,9 @@ from mmicl_core.evaluation.charts import (
     shots_chart,
 )
 from mmicl_core.evaluation.drawing import Measure
+from tests.unit.evaluation.drawn import SVG, XLINK, boxes, strokes, texts, told_aside
 from tests.unit.evaluation.markup import parse
 
-SVG = "{http://www.w3.org/2000/svg}"
-XLINK = "{http://www.w3.org/1999/xlink}href"
 HOSTILE = "</text></svg><script>alert(1)</script>&amp;'\"]]><!-- $\\frac{1$ \x00\x1b\u202e\ud800 _"
 LONG = "checkpoints/lcl-2026-05-11T08-13-55/step-00012000/" * 8
 ACCURACY = Measure("accuracy \u00d7 100", chance=50.0)
@@ -49,20 +48,6 @@ def charts(name: str) -> list[str]:
     ]
 
 
-def texts(chart: str) -> list[str]:
-    return [element.text or "" for element in ElementTree.fromstring(chart).iter(f"{SVG}text")]
-
-
-def strokes(chart: str) -> list[tuple[list[tuple[float, float]], str]]:
-    """Points and style of everything that is drawn as a line."""
-    found = []
-    for element in ElementTree.fromstring(chart).iter(f"{SVG}path"):
-        points = re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", element.get("d", ""))
-        if "stroke:" in element.get("style", ""):
-            found.append(([(float(x), float(y)) for x, y in points], element.get("style", "")))
-    return found
-
-
 def bars(chart: str, colour: str = "#0072b2") -> list[list[tuple[float, float]]]:
     """The intervals of one colour, each from its low to its high end."""
     return [
@@ -82,10 +67,8 @@ def test_charts_of_any_name_are_sound_xml_and_nothing_but_drawing(name: str) -> 
 def test_text_stays_text_and_is_told_whole_to_those_who_cannot_see_the_chart() -> None:
     for chart in charts("$lcl$ <b>"):
         assert any("$lcl$ <b>" in text for text in texts(chart))
-        root = ElementTree.fromstring(chart)
-        named = {element.get("id"): element.text for element in root if element.get("id")}
-        title, described = (named[mark] or "" for mark in root.get("aria-labelledby", "").split())
-        assert root.get("role") == "img" and title == "$lcl$ <b>"
+        title, described = told_aside(chart)
+        assert ElementTree.fromstring(chart).get("role") == "img" and title == "$lcl$ <b>"
         assert "$lcl$ <b>" in described and ("52.0 [49.0, 55.0]" in described or "-61.0" in described)
 
 
@@ -228,12 +211,7 @@ def test_controls_of_one_group_stand_below_one_heading() -> None:
 
 def test_bars_of_a_control_are_as_long_as_its_values() -> None:
     chart = controls_chart("title", [replace(CONTROL, value=20.0, unchanged=80.0)], Measure("accuracy"))
-    boxes = [
-        [float(x) for x, _ in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", element.get("d", ""))]
-        for element in ElementTree.fromstring(chart).iter(f"{SVG}path")
-        if element.get("clip-path") and "z" in element.get("d", "")
-    ]
-    unchanged, changed = (max(box) - min(box) for box in boxes)
+    unchanged, changed = (right - left for (left, _), (right, _) in boxes(chart))
     assert unchanged == pytest.approx(4 * changed, rel=0.01)
     (interval,) = (
         points for points, style in strokes(chart) if "stroke-width: 1.5" in style and len(points) == 2

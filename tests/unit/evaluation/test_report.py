@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mmicl_core.evaluation.report import CONDITION_LABELS, ShownEpisode, accuracy_table, render_report
+from tests.unit.evaluation.drawn import charts_of, texts
 
 
 @pytest.fixture
@@ -53,6 +54,16 @@ def test_report_tells_how_many_times_fewer_tokens_fused_demonstrations_cost(repo
     assert ">248<" in page
     assert ">48<" in page
     assert "full demonstrations" in page and "fused demonstrations" in page
+
+
+def test_report_shows_accuracies_with_their_intervals_beside_chance(report: dict[str, Any]) -> None:
+    page = render_report(report, ShownEpisode([], b"RIFF", "bako", "bako", right=True))
+    accuracies, tokens = charts_of(page)
+    assert texts(accuracies).count("0.750 [0.600, 0.850]") == len(CONDITION_LABELS)
+    assert {*CONDITION_LABELS.values(), "chance, 0.500: one of the two names, at random"} <= set(
+        texts(accuracies)
+    )
+    assert "chance" not in tokens
 
 
 def test_accuracy_table_leaves_out_what_was_not_measured(report: dict[str, Any]) -> None:
