@@ -21,7 +21,9 @@ quickstart: $(STAMP)
 
 test: $(STAMP) browser
 	$(BIN)/python -m pytest -q -n auto tests/house tests/unit
-	$(BIN)/python -m pytest -m "not bench and not trial" tests/integration tests/trials
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not bench and not trial and not alone" \
+		tests/integration tests/trials
+	$(BIN)/python -m pytest -m "alone and not trial" tests/integration tests/trials
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -14,6 +14,8 @@ import pytest
 
 from tests.fakes import write_corpus
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 200
 HEAD = """
