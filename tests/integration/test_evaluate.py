@@ -10,12 +10,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from mmicl_core.assets import resolve
+from mmicl_core.backbones.hugging_face import load_for_inference
 from mmicl_core.config.corpus import CorpusConfig, NeighbourConfig
 from mmicl_core.config.evaluate import AskedModel, EvaluateConfig
 from mmicl_core.config.evaluation_tasks import NamingConfig
@@ -27,6 +30,7 @@ from pipelines.serve import app
 from tests.chat_server import ChatServer
 from tests.commands import Command
 from tests.fakes import write_corpus
+from tests.methods import make_method
 
 QUERIES, BATCH, WORKERS = 24, 4, 2
 CELLS = 4
@@ -141,6 +145,43 @@ def _wait_until_asked(command: Command, server: ChatServer, count: int) -> None:
     while command.process.poll() is None and len(server.asked) < count:
         time.sleep(0.01)
     assert command.process.poll() is None, "it ended before the kill"
+
+
+def test_method_trained_from_three_seeds_is_told_with_its_mean_and_spread(
+    ray_cluster: None, corpus: str, tmp_path: Path
+) -> None:
+    adapters = []
+    for seed in range(3):
+        method = make_method("aim", load_for_inference(resolve("embedded:nano")), seed)
+        method.save(tmp_path / f"seed-{seed}", {})
+        adapters.append(str(tmp_path / f"seed-{seed}"))
+    run = RunConfig(
+        corpus=CorpusConfig(path=corpus),
+        neighbours=NeighbourConfig(count=2),
+        evaluate=EvaluateConfig(
+            tasks=(NamingConfig(part="train"),),
+            models=(AskedModel(name="aim", adapter=adapters[0], seeds=tuple(adapters[1:])),),
+            shots=(4,),
+            controls=(),
+            queries=QUERIES,
+            num_workers=1,
+            timed=0,
+        ),
+    )
+    results = evaluate(run, tmp_path)
+    rows = pq.read_table(Path(results["folder"]) / "predictions.parquet").to_pylist()
+    by_seed = [
+        fmean(json.loads(row["statistics"])["right"] for row in rows if row["seed"] == seed)
+        for seed in range(3)
+    ]
+    answers = {tuple(row["answer"] for row in rows if row["seed"] == seed) for seed in range(3)}
+    assert len(answers) == 3 and len(rows) == 3 * QUERIES
+    (point,) = results["tasks"][0]["curves"][0]["points"]
+    assert point["seeds"] == pytest.approx(by_seed)
+    assert point["value"] == pytest.approx(fmean(by_seed))
+    assert point["deviation"] == pytest.approx(stdev(by_seed))
+    for adapter in adapters:
+        assert (Path(adapter) / "card.html").is_file()
 
 
 @pytest.fixture
