@@ -50,7 +50,7 @@ def write_card(folder: Path, results: Mapping[str, Any], pictures: Mapping[str, 
         "compression": results["compression"],
         "facts": _facts(data),
     }
-    log.info("%s: %s", about, verdict["why"])
+    log.info("%s", verdict["why"])
     write_atomic(folder / "card.json", json.dumps(card, indent=1) + "\n")
     write_atomic(folder / "card.html", render_card(card, pictures))
 
