@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.cache_utils import DynamicLayer
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.language import Embedded
@@ -155,6 +156,27 @@ class Decoding:
         if self._encoded is not None:
             self._encoded = self._encoded[at]
         self._cache.batch_select_indices(at)
+        if rows and self.can_join:
+            self._drop_padding()
+
+    @property
+    def can_join(self) -> bool:
+        """Whether others may be added: models that keep all keys and values, by column, and nothing else."""
+        return self._encoded is None and all(type(layer) is DynamicLayer for layer in self._cache.layers)
+
+    def join(self, other: Decoding) -> None:
+        """Go on with the rows of both, those of `other` behind; it must not be used any more."""
+        width = max(self._mask_BL.shape[1], other._mask_BL.shape[1])
+        parts = (self, other)
+        masks = [F.pad(part._mask_BL, (width - part._mask_BL.shape[1], 0)) for part in parts]
+        self._mask_BL = torch.cat(masks)
+        self._next_B = torch.cat([part._next_B for part in parts])
+        self.scores_BV = torch.cat([part.scores_BV for part in parts])
+        for layer, added in zip(self._cache.layers, other._cache.layers, strict=True):
+            for name in ("keys", "values"):
+                kept = (getattr(one, name) for one in (layer, added))
+                padded = [F.pad(one, (0, 0, width - one.shape[-2], 0)) for one in kept]
+                setattr(layer, name, torch.cat(padded))
 
     @torch.no_grad()
     def feed(self, ids_B: Tensor) -> None:
@@ -172,6 +194,14 @@ class Decoding:
         )
         self._next_B = self._next_B + 1
         self.scores_BV = self._backbone.logits(output.last_hidden_state[:, -1])
+
+    def _drop_padding(self) -> None:
+        """Forget columns in which nobody has a token any more."""
+        empty = int((self._mask_BL.cumsum(1).amax(0) == 0).sum())
+        if empty:
+            self._mask_BL = self._mask_BL[:, empty:]
+            for layer in self._cache.layers:
+                layer.keys, layer.values = layer.keys[..., empty:, :], layer.values[..., empty:, :]
 
     def _answer(self, ids_B: Tensor) -> None:
         assert self._encoded is not None

@@ -10,7 +10,7 @@ Shapes (letters in `mmicl_core.shapes`): K layers of the language model may take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,7 +86,41 @@ class Embedded:
     def last_positions(self) -> Tensor:
         """The largest position of each prompt, (B,)."""
         rows = self.positions if self.positions.ndim == 2 else self.positions.amax(0)
-        return rows.masked_fill(self.mask_BL == 0, 0).amax(1)
+        # Of a tail they may be negative.
+        return rows.masked_fill(self.mask_BL == 0, torch.iinfo(rows.dtype).min).amax(1)
+
+    def head(self, row: int, length: int) -> Embedded:
+        """The first tokens of one prompt that is padded on the left, by themselves."""
+        start = int((self.mask_BL[row] == 0).sum())
+        among = torch.ones(1, length, dtype=torch.bool, device=self.mask_BL.device)
+        return self._cut(slice(row, row + 1), slice(start, start + length), among)
+
+    def tails(self, lengths: Sequence[int], before: int) -> Embedded:
+        """The last tokens of each prompt, to be read behind keys and values of those before them.
+
+        Args:
+            lengths: how many of each.
+            before: how many come before, which positions are counted from.
+        """
+        width = max(lengths)
+        columns = torch.arange(width, device=self.mask_BL.device)
+        starts_B1 = width - torch.tensor(lengths, device=columns.device)[:, None]
+        tail = self._cut(slice(None), slice(self.mask_BL.shape[1] - width, None), columns >= starts_B1)
+        return replace(tail, positions=tail.positions - before, soft_BL=None, soft_KSD=None)
+
+    def _cut(self, rows: slice, columns: slice, among_BL: Tensor) -> Embedded:
+        image_BL = self.image_BL[rows, columns] & among_BL
+        numbers_BL = (self.image_BL.flatten().cumsum(0) - 1).view_as(self.image_BL)[rows, columns]
+        return replace(
+            self,
+            embeds_BLD=self.embeds_BLD[rows, columns],
+            mask_BL=self.mask_BL[rows, columns] * among_BL,
+            image_BL=image_BL,
+            answer_BL=self.answer_BL[rows, columns] & among_BL,
+            positions=self.positions[..., rows, columns],
+            deep=tuple(features[numbers_BL[image_BL]] for features in self.deep),
+            soft_BL=self.soft_BL[rows, columns] if self.soft_BL is not None else None,
+        )
 
 
 def embed(

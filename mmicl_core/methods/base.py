@@ -90,6 +90,9 @@ class Method(nn.Module):
     """What pictures are to it: what frozen parts make of them is computed once and kept."""
     changes_backbone: ClassVar[bool] = False
     """Whether what it trains lies inside the backbone, which then is no longer the plain one."""
+    writes_turns_apart: ClassVar[bool] = False
+    """Whether a prompt is its turns one after the other, so that what stands before the last one does not
+    depend on it."""
     looks: bool = False
     """Set while workers train together and pictures come as pixels: a batch without any then looks at a blank
     one, as all workers have to call the same modules."""
@@ -245,6 +248,8 @@ class Method(nn.Module):
 
 class Plain(Method):
     """Demonstrations written out in full before a frozen model: what every method is compared with."""
+
+    writes_turns_apart: ClassVar[bool] = True
 
 
 def episode_turns(row: Mapping[str, Any]) -> list[Turn]:

@@ -33,6 +33,7 @@ class Lcl(Method):
     """Trains language model, projector and head on whole episodes."""
 
     takes: ClassVar[Literal["pixels"]] = "pixels"
+    writes_turns_apart: ClassVar[bool] = True
     changes_backbone: ClassVar[bool] = True
 
     def __init__(self, backbone: HuggingFaceBackbone, config: LclConfig) -> None:

@@ -29,6 +29,7 @@ class Lora(Method):
     """Trains low-rank updates on whole episodes."""
 
     changes_backbone: ClassVar[bool] = True
+    writes_turns_apart: ClassVar[bool] = True
 
     def __init__(self, backbone: HuggingFaceBackbone, config: LoraConfig) -> None:
         super().__init__(backbone)

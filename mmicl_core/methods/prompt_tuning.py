@@ -9,7 +9,7 @@ soft tokens themselves are `peft`'s.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PromptEmbedding
@@ -28,6 +28,8 @@ INITIAL = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}
 
 class PromptTuning(Method):
     """Trains soft tokens on whole episodes."""
+
+    writes_turns_apart: ClassVar[bool] = True
 
     def __init__(self, backbone: HuggingFaceBackbone, config: PromptTuningConfig) -> None:
         super().__init__(backbone)

@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "mmicl_core.methods": MODEL | {"mmicl_core.backbones"},
     "mmicl_core.training": MODEL | {"mmicl_core.backbones", "mmicl_core.methods"},
     "mmicl_core.evaluation": MODEL | {"mmicl_core.backbones", "mmicl_core.methods"},
+    "mmicl_core.serving": MODEL | {"mmicl_core.backbones", "mmicl_core.methods"},
     "pipelines": {"mmicl_core"},
     # The one place where a verb hands itself over to a cluster.
     "pipelines.cli": {"mmicl_core", "pipelines", "cluster.submit"},
