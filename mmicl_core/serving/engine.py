@@ -27,8 +27,9 @@ from mmicl_core.data.collate import pack
 from mmicl_core.errors import DataError
 from mmicl_core.methods.base import Method, Pictures
 from mmicl_core.prompts import Turn
+from mmicl_core.serving.choosing import choose, likelihood
 from mmicl_core.serving.prefixes import Prefix, Prefixes
-from mmicl_core.serving.sampling import Likelihood, Sampling, choose, likelihood
+from mmicl_core.serving.sampling import Likelihood, Sampling
 
 __all__ = ["Begun", "Ended", "Engine", "Grown", "Job"]
 
