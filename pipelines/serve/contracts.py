@@ -185,7 +185,7 @@ class Generating(Protocol):
         Raises:
             DataError: what was asked cannot be answered.
             BankError: its pack is gone, damaged, or of another model.
-            OutOfTimeError: it came too late.
+            DeadlineError: it came too late.
             OverloadedError: too many questions wait.
         """
         ...

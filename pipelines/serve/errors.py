@@ -16,8 +16,14 @@ from mmicl_core.bank import UnknownPackError
 from mmicl_core.errors import BankError, DataError, MmiclError
 
 __all__ = [
+    "DeadlineError",
+    "OverloadedError",
+    "RateLimitError",
     "RequestError",
+    "RetryError",
     "TooLargeError",
+    "UnavailableError",
+    "UnknownKeyError",
     "UnknownModelError",
     "error_body",
     "explain_request",
@@ -37,6 +43,10 @@ class RequestError(DataError):
         super().__init__(message)
         self.param = param
 
+    def __reduce__(self) -> tuple[type[RequestError], tuple[Any, ...]]:
+        # Exceptions are pickled by their message alone, on their way from a replica.
+        return type(self), (str(self), self.param)
+
 
 class TooLargeError(RequestError):
     """More bytes than the server takes."""
@@ -46,8 +56,48 @@ class UnknownModelError(RequestError):
     """A model that is not served here."""
 
 
+class UnknownKeyError(RequestError):
+    """No API key, or one that is not known."""
+
+
+class RetryError(RequestError):
+    """A request that may succeed later.
+
+    Args:
+        retry_after: seconds until it is worth another try.
+    """
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[type[RequestError], tuple[Any, ...]]:
+        return type(self), (str(self), self.retry_after)
+
+
+class RateLimitError(RetryError):
+    """More requests than a key may send."""
+
+
+class OverloadedError(RetryError):
+    """More requests than may wait."""
+
+
+class UnavailableError(RetryError):
+    """No replica could answer."""
+
+
+class DeadlineError(RequestError):
+    """A request that took longer than it may."""
+
+
 STATUS: Mapping[type[Exception], tuple[HTTPStatus, str]] = {
+    UnknownKeyError: (HTTPStatus.UNAUTHORIZED, "invalid_api_key"),
     TooLargeError: (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "request_too_large"),
+    RateLimitError: (HTTPStatus.TOO_MANY_REQUESTS, "rate_limit_exceeded"),
+    OverloadedError: (HTTPStatus.TOO_MANY_REQUESTS, "server_overloaded"),
+    UnavailableError: (HTTPStatus.SERVICE_UNAVAILABLE, "no_replica"),
+    DeadlineError: (HTTPStatus.GATEWAY_TIMEOUT, "deadline_exceeded"),
     UnknownModelError: (HTTPStatus.NOT_FOUND, "model_not_found"),
     UnknownPackError: (HTTPStatus.NOT_FOUND, "demo_pack_not_found"),
     BankError: (HTTPStatus.CONFLICT, "demo_pack_unusable"),
