@@ -66,8 +66,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file under a temporary name and rename it over `path`."""
+def write_atomic(path: Path, data: bytes | str, mode: int = 0o644) -> None:
+    """Write a file under a temporary name and rename it over `path`.
+
+    Args:
+        mode: who may read it; until then nobody but its owner can.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode("utf-8") if isinstance(data, str) else data
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -76,7 +80,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
+        Path(temporary).chmod(mode)
         Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)
