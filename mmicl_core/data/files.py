@@ -66,11 +66,13 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, data: bytes | str, mode: int = 0o644) -> None:
+def write_atomic(path: Path, data: bytes | str, mode: int = 0o644, *, durable: bool = True) -> None:
     """Write a file under a temporary name and rename it over `path`.
 
     Args:
         mode: who may read it; until then nobody but its owner can.
+        durable: wait for the disk, some milliseconds. Without, a power cut can leave an empty file, which
+            serves what is verified when it is read and can be made again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode("utf-8") if isinstance(data, str) else data
@@ -78,8 +80,9 @@ def write_atomic(path: Path, data: bytes | str, mode: int = 0o644) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         Path(temporary).chmod(mode)
         Path(temporary).replace(path)
     finally:
