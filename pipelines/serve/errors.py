@@ -21,6 +21,7 @@ __all__ = [
     "RateLimitError",
     "RequestError",
     "RetryError",
+    "SlowUploadError",
     "TooLargeError",
     "UnavailableError",
     "UnknownKeyError",
@@ -50,6 +51,10 @@ class RequestError(DataError):
 
 class TooLargeError(RequestError):
     """More bytes than the server takes."""
+
+
+class SlowUploadError(RequestError):
+    """A body that did not come in time."""
 
 
 class UnknownModelError(RequestError):
@@ -94,6 +99,7 @@ class DeadlineError(RequestError):
 STATUS: Mapping[type[Exception], tuple[HTTPStatus, str]] = {
     UnknownKeyError: (HTTPStatus.UNAUTHORIZED, "invalid_api_key"),
     TooLargeError: (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "request_too_large"),
+    SlowUploadError: (HTTPStatus.REQUEST_TIMEOUT, "request_timeout"),
     RateLimitError: (HTTPStatus.TOO_MANY_REQUESTS, "rate_limit_exceeded"),
     OverloadedError: (HTTPStatus.TOO_MANY_REQUESTS, "server_overloaded"),
     UnavailableError: (HTTPStatus.SERVICE_UNAVAILABLE, "no_replica"),

@@ -34,7 +34,9 @@ class Metrics:
             "request_seconds", "From a request's first byte to the last of its answer.", LONG_SECONDS, "route"
         )
         self._in_flight = Gauge("mmicl_requests_in_flight", "Requests under way.", registry=self._registry)
-        self._limited = self._counter("rate_limited", "Requests refused with 429.", "route")
+        self._limited = self._counter(
+            "rate_limited", "Requests refused with 429, by the limits of a key or by a full queue.", "by"
+        )
         self._first = self._histogram(
             "time_to_first_token_seconds",
             "From the arrival of a question in a replica to the first token of each answer.",
@@ -67,7 +69,13 @@ class Metrics:
         self._in_flight.inc()
 
     def request_finished(
-        self, method: str, route: str, status: int, seconds: float, model: str | None = None
+        self,
+        method: str,
+        route: str,
+        status: int,
+        seconds: float,
+        model: str | None = None,
+        by_key: bool = False,
     ) -> None:
         """Count a request that is over.
 
@@ -75,13 +83,14 @@ class Metrics:
             route: its template.
             status: 499 where the client had gone.
             model: as the request names it.
+            by_key: whether the limits of its key refused it.
         """
         self._in_flight.dec()
         known = method if method in HTTPMethod.__members__ else "other"
         self._requests.labels(known, route, str(status), self.model_label(model, status)).inc()
         self._seconds.labels(route).observe(seconds)
         if status == HTTPStatus.TOO_MANY_REQUESTS:
-            self._limited.labels(route).inc()
+            self._limited.labels("key" if by_key else "queue").inc()
 
     def model_label(self, model: str | None, status: int = HTTPStatus.BAD_REQUEST) -> str:
         """The model if it is served; what else a caller may write there would be a time series each."""
