@@ -37,7 +37,7 @@ REDIRECTS = 3
 LOADS_AT_ONCE = 8
 LONGEST_URL = 2048
 PICTURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|GIF8[79]a|BM", re.S)
-NAMES_A_PLACE = re.compile(r"[/:@*?#%\s]")
+NAMES_MORE = re.compile(r"[/:@*?#%\s]")
 
 
 class Media:
@@ -99,7 +99,8 @@ class Media:
         if len(url) > LONGEST_URL:
             raise DataError(f"the URL has {len(url)} characters, {LONGEST_URL} are allowed")
         target = self._guard.check(url)
-        host = _plain(target.raw_host.decode("ascii"))
+        name = target.raw_host.decode("ascii")
+        host = _address(name) or name
         if not self._hosts:
             raise DataError(
                 "pictures are not loaded by URL here (serve.media_hosts is empty): send the picture itself "
@@ -141,15 +142,13 @@ class Media:
 def _host(text: str) -> str:
     """An entry of the list as hosts of URLs are compared with it."""
     name = text.removeprefix(".").removesuffix(".")
-    address = _plain(name)
-    if address != name.lower() or ":" in name:
-        if text.startswith("."):
-            raise ConfigError(f"serve.media_hosts holds {text!r}: nothing lies below an address")
-        return address
+    address = _address(name)
     try:
-        if NAMES_A_PLACE.search(name):
+        if address is not None and text.startswith("."):
+            raise DataError("nothing lies below an address")
+        if address is None and NAMES_MORE.search(name):
             raise DataError("it is more than a host")
-        host = Guard().check(f"http://{name}/").raw_host.decode("ascii")
+        host = address or Guard().check(f"http://{name}/").raw_host.decode("ascii")
     except DataError as error:
         raise ConfigError(
             f"serve.media_hosts holds {text!r}, which is no host ({error}): write pictures.example.org for "
@@ -158,12 +157,12 @@ def _host(text: str) -> str:
     return f".{host}" if text.startswith(".") else host
 
 
-def _plain(host: str) -> str:
-    """An address in its shortest spelling; names as they are, in small letters."""
+def _address(host: str) -> str | None:
+    """An address in its shortest spelling; None for a name."""
     try:
-        return str(ipaddress.ip_address(host.strip("[]")))
+        return str(ipaddress.ip_address(host))
     except ValueError:
-        return host.lower()
+        return None
 
 
 def _check_networks(networks: Sequence[str]) -> None:
