@@ -61,10 +61,10 @@ class DemonstrationFiles:
         return Known(pack.fused[0], pack.entry.tokens_full[0], vector)
 
     def touch(self, key: str) -> bool:
-        """Count it as used; whether it is there."""
+        """Count it as used; False where it is not there, or the folder cannot be written."""
         try:
             os.utime(self._path(key))
-        except FileNotFoundError:
+        except OSError:
             return False
         return True
 

@@ -2,7 +2,8 @@
 
     array NUMBER     float32 (T, D), for each demonstration
     array `vectors`  float32 (S, E), where demonstrations have them
-    header           under `pack`, JSON with the entry: what made it, token counts, a digest of the arrays
+    header           under `pack`, JSON with the entry: what made it, token counts, a digest of the arrays;
+                     under `sha256`, the digest of that JSON
 
 One file holds all, so that a pack is whole or absent, and two writers of the same pack cannot mix their
 halves. Files come from clients too: nothing of one is believed before it is checked, and its size is the
@@ -11,10 +12,11 @@ most that reading it can take.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import fields
 from io import BytesIO
-from typing import Annotated, BinaryIO, Literal, Self
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,6 +29,7 @@ __all__ = ["decode", "encode", "read_entry"]
 
 FORMAT = 3
 ABOUT = "pack"
+ABOUT_DIGEST = "sha256"
 VECTORS = "vectors"
 LONGEST_HEADER = 4 * 2**20
 REGISTER = "register its demonstrations again"
@@ -93,7 +96,8 @@ def encode(pack: Pack) -> bytes:
     if pack.vectors is not None:
         arrays[VECTORS] = pack.vectors
     about = About.model_validate(vars(pack.entry) | {"format": FORMAT, "maker": dict(pack.entry.maker)})
-    return save(arrays, metadata={ABOUT: about.model_dump_json()})
+    text = about.model_dump_json()
+    return save(arrays, metadata={ABOUT: text, ABOUT_DIGEST: _digest_text(text)})
 
 
 def read_entry(file: BinaryIO, size: int, what: str, remedy: str = REGISTER) -> PackEntry:
@@ -106,16 +110,7 @@ def read_entry(file: BinaryIO, size: int, what: str, remedy: str = REGISTER) -> 
     Raises:
         DamagedPackError: it is damaged, or no pack.
     """
-    try:
-        start = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        if start > min(LONGEST_HEADER, size - LENGTH_BYTES):
-            raise ValueError(f"a header of {start} bytes in a file of {size}")
-        header = Header.model_validate_json(file.read(start))
-        about = About.model_validate_json(header.metadata[ABOUT])
-        _check_places(header.arrays, about, size - LENGTH_BYTES - start)
-    except (ValueError, KeyError) as error:
-        raise _damaged(what, error, remedy) from error
-    return PackEntry(**{field.name: getattr(about, field.name) for field in fields(PackEntry)})
+    return _read_header(file, size, what, remedy)[0]
 
 
 def decode(data: bytes, what: str, remedy: str = REGISTER) -> Pack:
@@ -124,11 +119,14 @@ def decode(data: bytes, what: str, remedy: str = REGISTER) -> Pack:
     Raises:
         DamagedPackError: it is damaged, or no pack.
     """
-    entry = read_entry(BytesIO(data), len(data), what, remedy)
+    entry, shapes = _read_header(BytesIO(data), len(data), what, remedy)
     try:
         arrays: dict[str, Fused] = load(data)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise _damaged(what, error, remedy) from error
+    # JSON may say a thing twice, and the library may believe the other one.
+    if {name: (array.dtype, array.shape) for name, array in arrays.items()} != shapes:
+        raise _damaged(what, "its header says two things", remedy)
     vectors = arrays.pop(VECTORS, None)
     fused = tuple(arrays[str(number)] for number in range(len(arrays)))
     for array in (*fused, *([] if vectors is None else [vectors])):
@@ -138,6 +136,31 @@ def decode(data: bytes, what: str, remedy: str = REGISTER) -> Pack:
     if digest_arrays(fused, vectors) != entry.digest:
         raise _damaged(what, "its fused tokens changed", remedy)
     return Pack(entry, fused, vectors)
+
+
+def _read_header(
+    file: BinaryIO, size: int, what: str, remedy: str
+) -> tuple[PackEntry, dict[str, tuple[np.dtype[Any], tuple[int, ...]]]]:
+    try:
+        start = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        if start > min(LONGEST_HEADER, size - LENGTH_BYTES):
+            raise ValueError(f"a header of {start} bytes in a file of {size}")
+        header = Header.model_validate_json(file.read(start))
+        text = header.metadata.get(ABOUT)
+        if text is None:
+            raise ValueError(f"its header has nothing under `{ABOUT}`")
+        about = About.model_validate_json(text)
+        if header.metadata.get(ABOUT_DIGEST) != _digest_text(text):
+            raise ValueError("its header changed")
+        _check_places(header.arrays, about, size - LENGTH_BYTES - start)
+    except ValueError as error:
+        raise _damaged(what, error, remedy) from error
+    entry = PackEntry(**{field.name: getattr(about, field.name) for field in fields(PackEntry)})
+    return entry, {name: (np.dtype("float32"), place.shape) for name, place in header.arrays.items()}
+
+
+def _digest_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_places(places: dict[str, ArrayPlace], about: About, nbytes: int) -> None:

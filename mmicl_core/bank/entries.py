@@ -200,7 +200,7 @@ def seal(known: Known, where: str) -> Known:
             f"the fused tokens of {where} are not finite: the backbone or the adapter overflows at its "
             "precision"
         )
-    return Known(fused, known.tokens_full, vector)
+    return Known(fused, int(known.tokens_full), vector)
 
 
 def _own(array: Fused) -> Fused:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ __all__ = ["PackFiles"]
 log = logging.getLogger("mmicl")
 
 ENTRIES_KEPT = 10_000
+# The clock of a disk is coarse: within one tick, a file and what replaced it can look alike.
+SETTLED_NS = 100_000_000
 
 
 class PackFiles:
@@ -128,7 +131,8 @@ class PackFiles:
                 status = os.fstat(file.fileno())
                 entry = read_entry(file, status.st_size, f"pack {pack_id}")
         _check_name(entry, pack_id)
-        self._entries.put(path, (_state(status), entry), 1)
+        if time.time_ns() - status.st_mtime_ns > SETTLED_NS:
+            self._entries.put(path, (_state(status), entry), 1)
         return entry
 
     def _check_room(self, folder: Path) -> None:
