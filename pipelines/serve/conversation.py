@@ -1,128 +1,171 @@
-"""A request as turns and pictures. Nothing is fetched and nothing is opened: pictures come as bytes.
+"""A request as turns and pictures.
 
 A `user` message is a question about any number of pictures, an `assistant` message its answer; turns with
-an answer are demonstrations written out in full. Pictures stand where the model's chat template puts them,
-before the text, wherever they stood in the message.
+an answer are demonstrations. Pictures stand where the model's chat template puts them, before the text,
+wherever they stood in the message. `system` and `developer` messages are instructions at the head.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
-from collections.abc import Sequence
-from dataclasses import replace
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from mmicl_core.bank import Demonstration
-from mmicl_core.config.serve import ServeConfig
+from mmicl_core.config.serve import DemonstrationMode, ServeConfig
 from mmicl_core.prompts import Turn
 from pipelines.serve.errors import RequestError
-from pipelines.serve.schema import DemoPackRequest, Message
+from pipelines.serve.reading import Pictures
+from pipelines.serve.schema import Message
+from pipelines.serve.schema_packs import PackDemonstration
 
-__all__ = ["read_conversation", "read_demonstrations_sent"]
+__all__ = [
+    "Conversation",
+    "as_demonstrations",
+    "count_fused",
+    "prefix_digest",
+    "read_conversation",
+    "read_demonstrations",
+]
 
-DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
+INSTRUCTIONS = ("system", "developer")
+ROLES = ("user", "assistant")
 
 
-def read_conversation(
-    messages: Sequence[Message], limits: ServeConfig
-) -> tuple[tuple[Turn, ...], dict[str, bytes]]:
-    """Messages -> turns, the last one unanswered, and their pictures by reference.
+@dataclass(frozen=True)
+class Conversation:
+    """Turns, the last one unanswered."""
+
+    system: str | None
+    turns: tuple[Turn, ...]
+    pictures: Pictures
+    """By the references of the turns."""
+
+
+def read_conversation(messages: Sequence[Message], limits: ServeConfig) -> Conversation:
+    """Messages -> turns and their pictures.
 
     Raises:
-        RequestError: messages do not alternate, or a picture is missing, too many, or no data URI.
+        RequestError: messages do not alternate, or a picture is refused.
     """
+    head = next((place for place, one in enumerate(messages) if one.role not in INSTRUCTIONS), len(messages))
+    system = [_instruction(message, f"messages.{number}") for number, message in enumerate(messages[:head])]
     turns: list[Turn] = []
-    pictures: dict[str, bytes] = {}
-    for number, message in enumerate(messages):
+    pictures = Pictures(limits)
+    for number, message in enumerate(messages[head:], head):
         where = f"messages.{number}"
-        expected = "assistant" if number % 2 else "user"
-        if message.role != expected:
-            raise RequestError(
-                f"{where} has role {message.role!r} where {expected!r} belongs: user and assistant take "
-                "turns, beginning and ending with user",
-                f"{where}.role",
-            )
-        urls = [
-            (f"{where}.content.{place}.image_url.url", part.image_url.url)
-            for place, part in enumerate(message.content)
-            if part.image_url is not None
-        ]
+        _refuse_wrong_role(message.role, ROLES[(number - head) % 2], where)
         text = "\n".join(part.text for part in message.content if part.text is not None)
         if message.role == "assistant":
-            _refuse_pictures_of_the_assistant(urls)
+            _refuse_pictures(message, where, "an assistant message")
             turns[-1] = replace(turns[-1], answer=text)
             continue
-        if not text and not urls:
+        keys = []
+        for place, part in enumerate(message.content):
+            if part.image_url is not None:
+                keys.append(f"{number}.{place}")
+                pictures.add(keys[-1], part.image_url.url, f"{where}.content.{place}.image_url.url")
+        if not text and not keys:
             raise RequestError(f"{where} says nothing: give it a picture or a text", f"{where}.content")
-        keys = tuple(f"{number}.{place}" for place in range(len(urls)))
-        for key, (param, url) in zip(keys, urls, strict=True):
-            pictures[key] = _picture(url, limits, param)
-        turns.append(Turn(keys, text, None))
-    if turns[-1].answer is not None:
-        raise RequestError("the last message is an answer: end with a user message", "messages")
-    _refuse_too_many(len(pictures), limits, "messages")
+        turns.append(Turn(tuple(keys), text, None))
+    if not turns or turns[-1].answer is not None:
+        raise RequestError("nothing is asked by the last message: end with a user message", "messages")
+    return Conversation("\n".join(system) if system else None, tuple(turns), pictures)
+
+
+def read_demonstrations(
+    sent: Sequence[PackDemonstration], limits: ServeConfig
+) -> tuple[tuple[Turn, ...], Pictures]:
+    """The demonstrations of a pack as answered turns.
+
+    Raises:
+        RequestError: a picture is refused.
+    """
+    turns, pictures = [], Pictures(limits)
+    for number, one in enumerate(sent):
+        where = f"demonstrations.{number}"
+        if one.image is not None:
+            pictures.add_base64(f"{number}.0", one.image, f"{where}.image")
+        elif one.image_url is not None:
+            pictures.add(f"{number}.0", one.image_url.url, f"{where}.image_url.url")
+        for place, picture in enumerate(one.images or ()):
+            pictures.add(f"{number}.{place}", picture.url, f"{where}.images.{place}.url")
+        count = 1 if one.images is None else len(one.images)
+        keys = tuple(f"{number}.{place}" for place in range(count))
+        turns.append(Turn(keys, one.question, one.answer))
     return tuple(turns), pictures
 
 
-def read_demonstrations_sent(request: DemoPackRequest, limits: ServeConfig) -> tuple[Demonstration, ...]:
-    """The demonstrations of a pack.
+def as_demonstrations(turns: Sequence[Turn], pictures: Mapping[str, bytes]) -> tuple[Demonstration, ...]:
+    """Answered turns with the bytes of their pictures."""
+    return tuple(
+        Demonstration(tuple(pictures[key] for key in turn.pictures), turn.question, turn.answer or "")
+        for turn in turns
+    )
 
-    Raises:
-        RequestError: there are too many, or a picture is no data URI, no base64, or too large.
+
+def count_fused(turns: Sequence[Turn], mode: DemonstrationMode, fuses: bool) -> int:
+    """How many of the first turns are to be fused.
+
+    Args:
+        fuses: whether the model can.
     """
-    _refuse_too_many(len(request.demonstrations), limits, "demonstrations")
-    found = []
-    for number, sent in enumerate(request.demonstrations):
-        where = f"demonstrations.{number}"
-        if sent.image_url is not None:
-            image = _picture(sent.image_url.url, limits, f"{where}.image_url.url")
-        else:
-            assert sent.image is not None
-            image = _bytes(sent.image, limits, f"{where}.image")
-        found.append(Demonstration((image,), sent.question, sent.answer))
-    return tuple(found)
+    earlier = turns[:-1]
+    if mode == "fused":
+        return len(earlier)
+    if mode == "full" or not fuses:
+        return 0
+    return next((place for place, turn in enumerate(earlier) if not turn.pictures), len(earlier))
 
 
-def _picture(url: str, limits: ServeConfig, param: str) -> bytes:
-    start = DATA_URI.match(url)
-    if start is None:
+def prefix_digest(
+    tenant: str, system: str | None, turns: Sequence[Turn], pictures: Mapping[str, bytes]
+) -> str:
+    """Names what is written before the last turn: equal digests, equal content, and the same tenant, for what
+    is known of a prompt tells others what was asked."""
+    digest = hashlib.sha256()
+    for part in _parts(tenant, system, turns, pictures):
+        # The length keeps "ab" + "c" apart from "a" + "bc".
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(
+    tenant: str, system: str | None, turns: Sequence[Turn], pictures: Mapping[str, bytes]
+) -> Iterator[bytes]:
+    yield tenant.encode()
+    yield b"" if system is None else b"system"
+    yield (system or "").encode()
+    for turn in turns:
+        yield len(turn.pictures).to_bytes(8, "big")
+        yield from (pictures[key] for key in turn.pictures)
+        yield turn.question.encode()
+        yield (turn.answer or "").encode()
+
+
+def _instruction(message: Message, where: str) -> str:
+    _refuse_pictures(message, where, f"a {message.role} message")
+    return "\n".join(part.text for part in message.content if part.text is not None)
+
+
+def _refuse_wrong_role(role: str, expected: str, where: str) -> None:
+    if role in INSTRUCTIONS:
         raise RequestError(
-            f"{param} is {url[:40]!r}, not a data URI: this server fetches nothing, send the picture "
-            "itself as data:image/png;base64,...",
-            param,
+            f"{where} is a {role} message behind others: instructions stand at the head, before all messages "
+            "of user and assistant",
+            f"{where}.role",
         )
-    return _bytes(url[start.end() :], limits, param)
-
-
-def _bytes(text: str, limits: ServeConfig, param: str) -> bytes:
-    # Four letters are three bytes: what is too large is refused before it is decoded.
-    size = len(text) // 4 * 3 - text[-2:].count("=")
-    if size > limits.max_image_bytes:
+    if role != expected:
         raise RequestError(
-            f"{param} holds a picture of {size} bytes, {limits.max_image_bytes} are allowed "
-            "(serve.max_image_bytes): send a smaller one",
-            param,
-        )
-    try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise RequestError(
-            f"{param} is not base64 ({error}): encode the picture's file again", param
-        ) from error
-
-
-def _refuse_pictures_of_the_assistant(urls: Sequence[tuple[str, str]]) -> None:
-    if urls:
-        raise RequestError(
-            f"{urls[0][0]} is a picture in an assistant message: pictures belong to user messages", urls[0][0]
+            f"{where} has role {role!r} where {expected!r} belongs: user and assistant take turns, beginning "
+            "and ending with user",
+            f"{where}.role",
         )
 
 
-def _refuse_too_many(pictures: int, limits: ServeConfig, param: str) -> None:
-    if pictures > limits.max_images:
-        raise RequestError(
-            f"the request holds {pictures} pictures, {limits.max_images} are allowed (serve.max_images): "
-            "send fewer, or register demonstrations as a demo_pack",
-            param,
-        )
+def _refuse_pictures(message: Message, where: str, what: str) -> None:
+    for place, part in enumerate(message.content):
+        if part.image_url is not None:
+            param = f"{where}.content.{place}.image_url.url"
+            raise RequestError(f"{param} is a picture in {what}: pictures belong to user messages", param)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from mmicl_core.bank import UnknownPackError
+from mmicl_core.bank import FullBankError, UnknownPackError
 from mmicl_core.errors import BankError, DataError, MmiclError
 
 __all__ = [
+    "CLIENT_GONE",
+    "ClientGoneError",
     "DeadlineError",
+    "MediaTypeError",
     "OverloadedError",
     "RateLimitError",
     "RequestError",
@@ -27,6 +31,7 @@ __all__ = [
     "UnknownKeyError",
     "UnknownModelError",
     "error_body",
+    "error_headers",
     "explain_request",
     "install_error_handlers",
     "status_of",
@@ -35,6 +40,13 @@ __all__ = [
 log = logging.getLogger("ray.serve")
 
 INPUT_SHOWN = 60
+LONGEST_MESSAGE = 2000
+CLIENT_GONE = 499
+"""The status of an answer that nobody waits for, as servers write it into their logs."""
+
+
+class ClientGoneError(Exception):
+    """Whoever asked has hung up."""
 
 
 class RequestError(DataError):
@@ -55,6 +67,10 @@ class TooLargeError(RequestError):
 
 class SlowUploadError(RequestError):
     """A body that did not come in time."""
+
+
+class MediaTypeError(RequestError):
+    """A body that does not say that it is what belongs there."""
 
 
 class UnknownModelError(RequestError):
@@ -99,6 +115,7 @@ class DeadlineError(RequestError):
 STATUS: Mapping[type[Exception], tuple[HTTPStatus, str]] = {
     UnknownKeyError: (HTTPStatus.UNAUTHORIZED, "invalid_api_key"),
     TooLargeError: (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "request_too_large"),
+    MediaTypeError: (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
     SlowUploadError: (HTTPStatus.REQUEST_TIMEOUT, "request_timeout"),
     RateLimitError: (HTTPStatus.TOO_MANY_REQUESTS, "rate_limit_exceeded"),
     OverloadedError: (HTTPStatus.TOO_MANY_REQUESTS, "server_overloaded"),
@@ -106,6 +123,7 @@ STATUS: Mapping[type[Exception], tuple[HTTPStatus, str]] = {
     DeadlineError: (HTTPStatus.GATEWAY_TIMEOUT, "deadline_exceeded"),
     UnknownModelError: (HTTPStatus.NOT_FOUND, "model_not_found"),
     UnknownPackError: (HTTPStatus.NOT_FOUND, "demo_pack_not_found"),
+    FullBankError: (HTTPStatus.CONFLICT, "demo_bank_full"),
     BankError: (HTTPStatus.CONFLICT, "demo_pack_unusable"),
     DataError: (HTTPStatus.BAD_REQUEST, "invalid_value"),
 }
@@ -127,7 +145,20 @@ def error_body(error: Exception) -> dict[str, Any]:
         log.error("a request failed", exc_info=error)
         return _body("the server failed on this request; its log says why", status, code, None)
     param = error.param if isinstance(error, RequestError) else None
-    return _body(str(error), status, code, param)
+    return _body(_shorten(str(error), LONGEST_MESSAGE), status, code, param)
+
+
+def error_headers(error: Exception) -> dict[str, str]:
+    """What clients do by: who to be, when to come again, and when that is of no use."""
+    if isinstance(error, UnknownKeyError):
+        return {"www-authenticate": "Bearer"}
+    if isinstance(error, RetryError):
+        # In whole seconds, and never too early.
+        return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
+    if status_of(error)[0] == HTTPStatus.CONFLICT:
+        # OpenAI's clients take this status for a lock, and would try again.
+        return {"x-should-retry": "false"}
+    return {}
 
 
 def explain_request(error: ValidationError) -> RequestError:
@@ -138,24 +169,33 @@ def explain_request(error: ValidationError) -> RequestError:
     if problem["type"] == "extra_forbidden":
         return RequestError(f"{where} is not supported: leave it out", param)
     message = problem["msg"].removeprefix("Value error, ")
-    found = "" if problem["type"] in ("missing", "value_error") else f" (found {_shorten(problem['input'])})"
+    found = (
+        ""
+        if problem["type"] in ("missing", "value_error")
+        else f" (found {_shorten(repr(problem['input']))})"
+    )
     return RequestError(f"{where}: {message}{found}", param)
 
 
 def install_error_handlers(app: FastAPI) -> None:
     """Make every error answer of `app` one in OpenAI's shape."""
 
-    async def on_error(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(error_body(error), status_of(error)[0])
+    async def on_error(request: Request, error: Exception) -> Response:
+        return JSONResponse(error_body(error), status_of(error)[0], error_headers(error))
 
-    async def on_http(request: Request, error: Exception) -> JSONResponse:
+    async def on_gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE)
+
+    async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         status = HTTPStatus(error.status_code)
         message = f"{request.method} {request.url.path}: {error.detail}"
         code = status.phrase.lower().replace(" ", "_")
-        return JSONResponse(_body(message, status, code, None), status, error.headers)
+        body = _body(_shorten(message, LONGEST_MESSAGE), status, code, None)
+        return JSONResponse(body, status, error.headers)
 
     app.add_exception_handler(MmiclError, on_error)
+    app.add_exception_handler(ClientGoneError, on_gone)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_error)
 
@@ -165,6 +205,5 @@ def _body(message: str, status: HTTPStatus, code: str, param: str | None) -> dic
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= INPUT_SHOWN else f"{text[:INPUT_SHOWN]}..."
+def _shorten(text: str, most: int = INPUT_SHOWN) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."

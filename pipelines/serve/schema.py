@@ -1,15 +1,19 @@
-"""Requests and responses, named as OpenAI names them, with `demo_pack` and `mmicl` beside them.
+"""Chat requests and completions, named as OpenAI names them, with what is our own beside them.
 
-What a request may say in OpenAI's API and this server cannot do is refused, never ignored.
+What a request may say in OpenAI's API and this server cannot do is refused, never ignored; the few fields
+that change nothing in an answer are listed here and taken.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from mmicl_core.config.serve import DemonstrationMode
+
 __all__ = [
+    "Body",
     "ChatCompletion",
     "ChatCompletionChunk",
     "ChatRequest",
@@ -17,70 +21,111 @@ __all__ = [
     "ChunkChoice",
     "ContentPart",
     "Delta",
-    "DemoPack",
-    "DemoPackRequest",
+    "ImageUrl",
+    "LikelyToken",
+    "Logprobs",
     "Message",
-    "Model",
-    "ModelList",
-    "PackDemonstration",
+    "PackUse",
+    "Picture",
+    "PromptTokensDetails",
     "ResponseMessage",
     "Telemetry",
+    "TokenLikelihood",
     "Usage",
 ]
+
+MOST_MESSAGES = 4096
+MOST_STOPS, LONGEST_STOP = 4, 256
+MOST_LOGPROBS = 20
+SEED_BITS = 63
+NO_CALLS = "this server calls no functions"
+AS_GIVEN = "scores of tokens are used as the model gives them"
 
 
 class Body(BaseModel):
     """JSON that came in or goes out; no field is guessed and none is dropped."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        json_schema_serialization_defaults_required=False,
+    )
 
 
-def _only(neutral: float, reason: str) -> AfterValidator:
-    def check(value: float | None) -> float | None:
-        if value not in (None, neutral):
-            raise ValueError(f"only {neutral} is supported, because {reason}: leave it out")
+def _zero(value: float | None) -> float | None:
+    if value:
+        raise ValueError(f"only 0 is supported, because {AS_GIVEN}: leave it out")
+    return value
+
+
+def _not(reason: str) -> BeforeValidator:
+    def check(value: object) -> object:
+        if value is not None:
+            raise ValueError(f"it is not supported, because {reason}: leave it out")
         return value
 
-    return AfterValidator(check)
+    return BeforeValidator(check, json_schema_input_type=None)
 
 
-def _as_object(field: str) -> BeforeValidator:
+def _text_only(value: object) -> object:
+    if isinstance(value, dict) and value.get("type") in ("json_object", "json_schema"):
+        raise ValueError(
+            f"type {value['type']!r} is not supported, because nothing here forces an answer to be JSON: "
+            "leave it out and ask for JSON in the prompt"
+        )
+    return value
+
+
+def _as_object(field: str, kind: Any) -> BeforeValidator:
     def wrap(value: object) -> object:
         return {field: value} if isinstance(value, str) else value
 
-    return BeforeValidator(wrap)
+    return BeforeValidator(wrap, json_schema_input_type=str | kind)
 
 
 def _as_parts(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-def _known_role(value: str) -> str:
-    if value not in ("user", "assistant"):
-        raise ValueError(
-            f"role {value!r} is not supported, only `user` and `assistant`: put instructions into the "
-            "text of a user message"
-        )
-    return value
-
-
-GREEDY = "decoding is greedy"
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
 
 
 class ImageUrl(Body):
-    """A picture as `data:image/TYPE;base64,DATA`."""
+    """A picture."""
 
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"
+    """`data:image/TYPE;base64,DATA` of a PNG, JPEG, WebP, GIF or BMP, or an http(s) address on a host that
+    this server may load pictures from."""
+    detail: Literal["auto", "low", "high"] | None = None
     """Read and ignored: the model sees every picture at one resolution."""
+
+
+Picture = Annotated[ImageUrl, _as_object("url", ImageUrl)]
+"""An `ImageUrl`, or its `url` alone."""
 
 
 class ContentPart(Body):
     """Text or a picture."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {
+                    "properties": {"type": {"const": kind}, other: {"type": "null"}},
+                    "required": [kind],
+                }
+                for kind, other in (("text", "image_url"), ("image_url", "text"))
+            ]
+        }
+    )
+
     type: Literal["text", "image_url"]
     text: str | None = None
-    image_url: ImageUrl | None = None
+    image_url: Picture | None = None
 
     @model_validator(mode="after")
     def _holds_what_it_says(self) -> Self:
@@ -91,79 +136,150 @@ class ContentPart(Body):
         return self
 
 
-class Message(Body):
-    """One message; a string as content is one text part."""
+Parts = Annotated[list[ContentPart], Field(min_length=1)]
 
-    role: Annotated[str, AfterValidator(_known_role)]
-    content: Annotated[list[ContentPart], BeforeValidator(_as_parts)] = Field(min_length=1)
+
+class Message(Body):
+    """One message; a string as content is one text part.
+
+    `system` and `developer` messages are instructions and stand at the head. A `user` message is a question
+    about any number of pictures, an `assistant` message its answer.
+    """
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[Parts, BeforeValidator(_as_parts, json_schema_input_type=str | Parts)]
+    refusal: None = None
+    """An answer of this server that is sent back may hold it."""
+    annotations: list[None] | None = Field(default=None, max_length=0)
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
 
 class StreamOptions(Body):
     """What a stream ends with."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
+    """Whether a last chunk, without choices, holds `usage`."""
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponseFormat(Body):
+    """Of answers: text, and nothing that would have to be enforced."""
+
+    type: Literal["text"]
+
+
+class PackUse(Body):
+    """A pack, or the demonstrations of it that are nearest to the pictures of the last message."""
+
+    id: str
+    select: int | None = Field(default=None, ge=1)
+    """How many; the nearest one stands last. None takes all, in their order."""
+
+
+StopText = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+Stops = Annotated[list[StopText], Field(max_length=MOST_STOPS)]
+Penalty = Annotated[float | None, AfterValidator(_zero), Field(json_schema_extra={"enum": [0, None]})]
 
 
 class ChatRequest(Body):
     """`POST /v1/chat/completions`."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
-    demo_pack: str | None = None
-    """A pack of `POST /v1/demo_packs`, put before the conversation."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    stream: bool = False
+    """The base model, or `BASE@ADAPTER`, as `GET /v1/models` lists them."""
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    demonstrations: DemonstrationMode | None = None
+    """What becomes of turns before the last question: `full` writes them out, `fused` fuses them all, `auto`
+    fuses those with pictures that come first, where the model can. The server's settings say what is done
+    without it."""
+    demo_pack: Annotated[PackUse | None, _as_object("id", PackUse | None)] = None
+    """A pack of `POST /v1/demo_packs`, put before the conversation; a string is its id."""
+    timeout_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Until the request ends with 504, where that is sooner than the server's own limit."""
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    """The same as `max_tokens`; send one of them."""
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    """0, the default, takes the likeliest token."""
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    n: int | None = Field(default=None, ge=1)
+    """Answers; the server's settings bound it."""
+    stop: Annotated[
+        Stops | None, BeforeValidator(_as_list, json_schema_input_type=StopText | Stops | None)
+    ] = None
+    """Texts that end an answer and do not belong to it: one, or up to four."""
+    seed: int | None = Field(default=None, ge=-(2**SEED_BITS), lt=2**SEED_BITS)
+    """Equal seeds, equal answers, as long as the model is the same."""
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    """How many of the likeliest tokens are told with each token; needs `logprobs`."""
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    seed: int | None = None
-    """Read and ignored: greedy answers do not depend on chance."""
+    response_format: Annotated[
+        ResponseFormat | None, BeforeValidator(_text_only, json_schema_input_type=ResponseFormat | None)
+    ] = None
+    modalities: list[Literal["text"]] | None = None
+    presence_penalty: Penalty = None
+    frequency_penalty: Penalty = None
+    store: Literal[False] | None = None
+    tools: Annotated[None, _not(NO_CALLS)] = None
+    tool_choice: Annotated[None, _not(NO_CALLS)] = None
+    parallel_tool_calls: Annotated[None, _not(NO_CALLS)] = None
+    functions: Annotated[None, _not(NO_CALLS)] = None
+    function_call: Annotated[None, _not(NO_CALLS)] = None
+    logit_bias: Annotated[None, _not(AS_GIVEN)] = None
+    audio: Annotated[None, _not("answers are text")] = None
+    prediction: Annotated[None, _not("nothing here takes a guess at the answer")] = None
+    reasoning_effort: Annotated[None, _not("the models here do not reason apart")] = None
+    verbosity: Annotated[None, _not("the prompt alone decides how long answers are")] = None
+    web_search_options: Annotated[None, _not("this server searches nothing")] = None
     user: str | None = None
-    """Read and ignored."""
-    temperature: Annotated[float | None, _only(0, GREEDY)] = None
-    top_p: Annotated[float | None, _only(1, GREEDY)] = None
-    n: Annotated[int | None, _only(1, GREEDY)] = None
-    presence_penalty: Annotated[float | None, _only(0, GREEDY)] = None
-    frequency_penalty: Annotated[float | None, _only(0, GREEDY)] = None
+    """Read and ignored, like the four fields that follow."""
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
 
     @model_validator(mode="after")
-    def _says_a_limit_once(self) -> Self:
+    def _agrees_with_itself(self) -> Self:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_tokens and max_completion_tokens mean the same: send one of them")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs `stream` to be true")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs `logprobs` to be true")
         return self
 
 
-class PackDemonstration(Body):
-    """A picture, a question about it and the answer."""
+class LikelyToken(Body):
+    """A token that was likely."""
 
-    image_url: Annotated[ImageUrl | None, _as_object("url")] = None
-    image: str | None = None
-    """The picture's file in base64, instead of `image_url`."""
-    question: str
-    answer: str = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _has_one_picture(self) -> Self:
-        if (self.image_url is None) == (self.image is None):
-            raise ValueError("a demonstration has one picture: send either image_url or image")
-        return self
+    token: str
+    logprob: float
+    """Natural logarithm; -9999 stands for what is next to impossible."""
+    bytes: list[int] | None
+    """Of `token`, in UTF-8; null where the token is a part of a character."""
 
 
-class DemoPackRequest(Body):
-    """`POST /v1/demo_packs`."""
+class TokenLikelihood(LikelyToken):
+    """A token of an answer."""
 
-    demonstrations: list[PackDemonstration] = Field(min_length=1)
+    top_logprobs: list[LikelyToken]
 
 
-class DemoPack(Body):
-    """Registered demonstrations and what they cost in every prompt, written out and fused."""
+class Logprobs(Body):
+    """How likely the tokens of an answer were."""
 
-    id: str
-    object: Literal["demo_pack"]
-    demonstrations: int
-    tokens_full: int
-    tokens_fused: int
+    content: list[TokenLikelihood]
+    refusal: None
+
+
+class PromptTokensDetails(Body):
+    """What the prompt's tokens were."""
+
+    cached_tokens: int
+    """Read before, for another request."""
 
 
 class Usage(Body):
@@ -172,32 +288,40 @@ class Usage(Body):
     prompt_tokens: int
     """Positions that the model read: text, visual and fused tokens."""
     completion_tokens: int
+    """Of all answers."""
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    cached_tokens: int
+    """Part of `prompt_tokens`: read before, for another request."""
     demo_tokens_full: int
-    """What the pack's demonstrations would have cost, written out; 0 without a pack."""
+    """What demonstrations - earlier turns and a pack - would have cost, all of them written out."""
     demo_tokens_fused: int
-    """What they cost, part of `prompt_tokens`."""
+    """What they cost as they are, part of `prompt_tokens`."""
 
 
 class Telemetry(Body):
     """What OpenAI's API has no field for."""
 
     ttft_ms: float
-    """Milliseconds from the arrival at the generator to the first token."""
+    """Milliseconds from the arrival at the generator to the first token of the answer."""
+    queued_ms: float
+    """Of these, until the prompt began to be read."""
 
 
 class ResponseMessage(Body):
-    """The answer."""
+    """An answer."""
 
     role: Literal["assistant"]
     content: str
+    refusal: None
 
 
 class Choice(Body):
-    """The one answer of a request."""
+    """One of the answers."""
 
     index: int
     message: ResponseMessage
+    logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"]
 
 
@@ -221,15 +345,17 @@ class Delta(Body):
 
 
 class ChunkChoice(Body):
-    """The one answer of a stream, as far as a chunk knows it."""
+    """One of the answers, as far as a chunk knows it."""
 
     index: int
     delta: Delta
+    logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"] | None
 
 
 class ChatCompletionChunk(Body):
-    """One event of a stream. The last but one says why it ended; usage follows where it was asked for."""
+    """One event of a stream. The last of an answer says why it ended; then comes usage, where it was asked
+    for."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -237,20 +363,6 @@ class ChatCompletionChunk(Body):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    """In the last chunk, and null in others, where it was asked for."""
     mmicl: Telemetry | None = None
-
-
-class Model(Body):
-    """An entry of `GET /v1/models`."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-
-
-class ModelList(Body):
-    """Response of `GET /v1/models`."""
-
-    object: Literal["list"]
-    data: list[Model]
+    """In chunks that end an answer, and in the last one."""
