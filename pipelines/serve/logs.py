@@ -34,7 +34,7 @@ class RequestLine:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
-    complete: bool = True
+    complete: bool = False
     """Whether the answer was sent to its end."""
 
 

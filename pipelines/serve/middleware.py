@@ -18,7 +18,6 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -29,11 +28,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mmicl_core.errors import MmiclError
 from pipelines.serve.errors import (
     RateLimitError,
-    RetryError,
     SlowUploadError,
     TooLargeError,
-    UnknownKeyError,
     error_body,
+    error_headers,
     status_of,
 )
 from pipelines.serve.keys import PUBLIC
@@ -174,7 +172,7 @@ class _Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._started, self.line.complete = True, False
+            self._started = True
             self.line.status = message["status"]
             message = {**message, "headers": [*message.get("headers", ()), *self._own_headers()]}
         elif message["type"] == "http.response.body":
@@ -197,7 +195,7 @@ class _Exchange:
             log.info("a request failed after its client had gone: %r", error)
             return
         self.limited = isinstance(error, RateLimitError)
-        answer = JSONResponse(error_body(error), status_of(error)[0], _headers_of(error))
+        answer = JSONResponse(error_body(error), status_of(error)[0], error_headers(error))
         await answer(self.scope, self.receive, self.send)
 
     def _too_large(self) -> MmiclError:
@@ -225,12 +223,3 @@ def _headers(scope: Scope) -> dict[bytes, str]:
         if name in HEADERS_READ:
             found.setdefault(name, value.decode("latin-1"))
     return found
-
-
-def _headers_of(error: Exception) -> Mapping[str, str] | None:
-    if isinstance(error, UnknownKeyError):
-        return {"www-authenticate": "Bearer"}
-    if isinstance(error, RetryError):
-        # Whole seconds, and never too early.
-        return {"retry-after": str(max(1, -int(-error.retry_after // 1)))}
-    return None
