@@ -7,21 +7,30 @@ on from the prompt's own last one, which in prompts with pictures need not be th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.language import Embedded
 from mmicl_core.errors import BackboneError
 
-__all__ = ["Decoding", "context_length", "generate", "generate_by_beams", "greedy_tokens"]
+__all__ = [
+    "Decoding",
+    "can_pad_behind",
+    "changed",
+    "context_length",
+    "generate",
+    "generate_by_beams",
+    "greedy_tokens",
+    "side_by_side",
+]
 
 NO_LIMIT = 1 << 20
 
@@ -119,8 +128,8 @@ class Decoding:
 
     Args:
         prompts: left-padded.
-        cache: keys and values of what stands before every prompt, as the language model gave them for a batch
-            of one. It is copied, and can be used again.
+        cache: keys and values of what stands before the prompts, as the language model gave them: one row for
+            every prompt, or one for all. It is not changed, and can be used again.
 
     Raises:
         BackboneError: the model looks at the last tokens only, and between the cache and some of the prompts
@@ -134,7 +143,7 @@ class Decoding:
     def __init__(self, backbone: HuggingFaceBackbone, prompts: Embedded, cache: Any = None) -> None:
         self._backbone = backbone
         before = cache.get_seq_length() if cache is not None else 0
-        self._mask_BL = F.pad(prompts.mask_BL, (before, 0), value=1)
+        self._mask_BL = prompts.mask_behind(before)
         self._next_B = prompts.last_positions() + 1 + before
         self._axes = prompts.positions.shape[:-2]
         self._encoded: Tensor | None = None
@@ -162,7 +171,7 @@ class Decoding:
     @property
     def can_join(self) -> bool:
         """Whether others may be added: models that keep all keys and values, by column, and nothing else."""
-        return self._encoded is None and all(type(layer) is DynamicLayer for layer in self._cache.layers)
+        return self._encoded is None and _keeps_all(self._cache)
 
     def join(self, other: Decoding) -> None:
         """Go on with the rows of both, those of `other` behind; it must not be used any more."""
@@ -172,11 +181,7 @@ class Decoding:
         self._mask_BL = torch.cat(masks)
         self._next_B = torch.cat([part._next_B for part in parts])
         self.scores_BV = torch.cat([part.scores_BV for part in parts])
-        for layer, added in zip(self._cache.layers, other._cache.layers, strict=True):
-            for name in ("keys", "values"):
-                kept = (getattr(one, name) for one in (layer, added))
-                padded = [F.pad(one, (0, 0, width - one.shape[-2], 0)) for one in kept]
-                setattr(layer, name, torch.cat(padded))
+        self._cache = side_by_side([self._cache, other._cache], width)
 
     @torch.no_grad()
     def feed(self, ids_B: Tensor) -> None:
@@ -221,6 +226,42 @@ def _copy_for(prompts: Embedded, cache: Any) -> Any:
             f"prompts of {lengths} tokens stand behind one cache, but the model has layers that look at the "
             "last tokens only: give it prompts of one length at a time"
         )
-    copied = deepcopy(cache)
-    copied.batch_repeat_interleave(len(prompts.mask_BL))
+    return changed(cache, lambda rows_BHLE: rows_BHLE.expand(len(prompts.mask_BL), -1, -1, -1))
+
+
+def can_pad_behind(backbone: HuggingFaceBackbone) -> bool:
+    """Whether padding may stand between what is known and a prompt: not where layers look at the last columns
+    only, among which it would count."""
+    return _keeps_all(DynamicCache(config=backbone.language_model.config))
+
+
+def _keeps_all(cache: Any) -> bool:
+    """Whether every layer keeps all keys and values, by column, and nothing else."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def side_by_side(caches: Sequence[Any], width: int) -> Any:
+    """One cache of all rows of several, each padded on the left to `width` columns.
+
+    Args:
+        caches: of layers that keep all keys and values.
+    """
+    joined = copy(caches[0])
+    joined.layers = [copy(layer) for layer in joined.layers]
+    for number, layer in enumerate(joined.layers):
+        for name in ("keys", "values"):
+            rows = [getattr(cache.layers[number], name) for cache in caches]
+            setattr(layer, name, torch.cat([F.pad(one, (0, 0, width - one.shape[-2], 0)) for one in rows]))
+    return joined
+
+
+def changed(cache: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Another cache whose keys and values are made of those of `cache`.
+
+    Layers put what is new behind what they have, in new tensors: those of `cache` stay as they are.
+    """
+    copied = copy(cache)
+    copied.layers = [copy(layer) for layer in cache.layers]
+    for layer in copied.layers:
+        layer.keys, layer.values = change(layer.keys), change(layer.values)
     return copied

@@ -10,7 +10,7 @@ Shapes (letters in `mmicl_core.shapes`): K layers of the language model may take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,8 @@ class Embedded:
     """Of all pictures, what the first K layers add at visual tokens, (sum of V, D) each."""
     soft_KSD: Tensor | None = None
     """What takes the place of the S soft tokens at the entrance of each layer but the first, if anything."""
+    before_BP: Tensor | None = None
+    """1 where the P columns before, of which keys and values are known, hold a token; None where all do."""
 
     def after(self, soft_SD: Tensor, later_KSD: Tensor | None = None) -> Embedded:
         """The same prompts, each right after S soft tokens, which stand at positions 0 to S - 1.
@@ -83,44 +85,28 @@ class Embedded:
             soft_KSD=later_KSD,
         )
 
+    def mask_behind(self, columns: int) -> Tensor:
+        """1 where there is a token, that many columns before included."""
+        if self.before_BP is None:
+            return F.pad(self.mask_BL, (columns, 0), value=1)
+        return torch.cat([self.before_BP, self.mask_BL], dim=1)
+
     def last_positions(self) -> Tensor:
         """The largest position of each prompt, (B,)."""
         rows = self.positions if self.positions.ndim == 2 else self.positions.amax(0)
-        # Of a tail they may be negative.
+        # Behind others they may be negative.
         return rows.masked_fill(self.mask_BL == 0, torch.iinfo(rows.dtype).min).amax(1)
 
-    def head(self, row: int, length: int) -> Embedded:
-        """The first tokens of one prompt that is padded on the left, by themselves."""
-        start = int((self.mask_BL[row] == 0).sum())
-        among = torch.ones(1, length, dtype=torch.bool, device=self.mask_BL.device)
-        return self._cut(slice(row, row + 1), slice(start, start + length), among)
-
-    def tails(self, lengths: Sequence[int], before: int) -> Embedded:
-        """The last tokens of each prompt, to be read behind keys and values of those before them.
+    def behind(self, before_BP: Tensor, next_B: Tensor) -> Embedded:
+        """The same prompts, to be read behind keys and values of P columns.
 
         Args:
-            lengths: how many of each.
-            before: how many come before, which positions are counted from.
+            before_BP: 1 where the columns hold a token of what stands before each prompt.
+            next_B: position of the first token behind that.
         """
-        width = max(lengths)
-        columns = torch.arange(width, device=self.mask_BL.device)
-        starts_B1 = width - torch.tensor(lengths, device=columns.device)[:, None]
-        tail = self._cut(slice(None), slice(self.mask_BL.shape[1] - width, None), columns >= starts_B1)
-        return replace(tail, positions=tail.positions - before, soft_BL=None, soft_KSD=None)
-
-    def _cut(self, rows: slice, columns: slice, among_BL: Tensor) -> Embedded:
-        image_BL = self.image_BL[rows, columns] & among_BL
-        numbers_BL = (self.image_BL.flatten().cumsum(0) - 1).view_as(self.image_BL)[rows, columns]
-        return replace(
-            self,
-            embeds_BLD=self.embeds_BLD[rows, columns],
-            mask_BL=self.mask_BL[rows, columns] * among_BL,
-            image_BL=image_BL,
-            answer_BL=self.answer_BL[rows, columns] & among_BL,
-            positions=self.positions[..., rows, columns],
-            deep=tuple(features[numbers_BL[image_BL]] for features in self.deep),
-            soft_BL=self.soft_BL[rows, columns] if self.soft_BL is not None else None,
-        )
+        # Whoever reads counts positions from the columns, which is right where every one is a position.
+        shift_B1 = (next_B - before_BP.shape[1])[:, None]
+        return replace(self, before_BP=before_BP, positions=self.positions + shift_B1)
 
 
 def embed(
@@ -178,7 +164,7 @@ def language_inputs(prompts: Embedded, attends: str, config: Any, cache: Any = N
     before = cache.get_seq_length() if cache is not None else 0
     inputs: dict[str, Any] = {
         "inputs_embeds": prompts.embeds_BLD,
-        "attention_mask": F.pad(prompts.mask_BL, (before, 0), value=1),
+        "attention_mask": prompts.mask_behind(before),
         "position_ids": prompts.positions + before,
         "past_key_values": cache,
     }

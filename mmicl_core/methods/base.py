@@ -6,16 +6,18 @@ knows how gradients are taken or where.
 
     rows --collate--> batch --embed--> prompts --backbone--> likelihood of answers, or answers
 
-A new method overrides `write`, `arrange` or `embed`, whichever is enough, and says which parameters it owns.
+A new method overrides `write_turn`, `arrange` or `embed`, whichever is enough, and says which parameters it
+owns.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from mmicl_core.backbones.decoding import generate, generate_by_beams
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.language import Embedded
-from mmicl_core.backbones.vision import PictureBatch, join, look_up
+from mmicl_core.backbones.vision import PictureBatch, join
 from mmicl_core.data.collate import Packed, pack
 from mmicl_core.data.pictures import PreparedPicture
 from mmicl_core.methods.adapter import save_parameters
@@ -91,8 +93,8 @@ class Method(nn.Module):
     changes_backbone: ClassVar[bool] = False
     """Whether what it trains lies inside the backbone, which then is no longer the plain one."""
     writes_turns_apart: ClassVar[bool] = False
-    """Whether a prompt is its turns one after the other, so that what stands before the last one does not
-    depend on it."""
+    """Whether a prompt is its turns as `write_turn` gives them, one after the other behind the `opening`, so
+    that what stands before the last one does not depend on it and can be read apart from it."""
     looks: bool = False
     """Set while workers train together and pictures come as pixels: a batch without any then looks at a blank
     one, as all workers have to call the same modules."""
@@ -128,7 +130,11 @@ class Method(nn.Module):
 
     def write(self, turns: Sequence[Turn]) -> Prompt:
         """A conversation as a prompt, every turn written out."""
-        return self.chat.conversation(turns)
+        return [*self.chat.prefix(), *(piece for turn in turns for piece in self.write_turn(turn))]
+
+    def write_turn(self, turn: Turn) -> Prompt:
+        """One turn of it."""
+        return self.chat.turn(turn)
 
     @property
     def cut(self) -> Mapping[str, int]:
@@ -163,7 +169,30 @@ class Method(nn.Module):
 
     def embed(self, batch: Any) -> Embedded:
         """A batch as the language model takes it."""
-        return self.backbone.embed(batch.packed.to(self.backbone.device), self.see(batch.pictures))
+        return self.behind_opening(self.embed_without_opening(batch))
+
+    def embed_without_opening(self, batch: Any, fused: Tensor | None = None) -> Embedded:
+        """The same without the soft tokens that stand before everything.
+
+        Args:
+            fused: tokens for the places of fused demonstrations, (sum of T, D).
+        """
+        return self.backbone.embed(batch.packed.to(self.backbone.device), self.see(batch.pictures), fused)
+
+    def opening(self) -> tuple[Tensor, Tensor | None] | None:
+        """Soft tokens that stand before every prompt, (S, D), with what takes their place at the entrance of
+        each layer but the first, if anything; most methods have none."""
+        return None
+
+    def behind_opening(self, prompts: Embedded) -> Embedded:
+        """Prompts with the soft tokens before them."""
+        opening = self.opening()
+        return prompts if opening is None else prompts.after(*opening)
+
+    @property
+    def tokens_per_picture(self) -> int:
+        """Soft tokens that stand before the visual tokens of each picture."""
+        return 0
 
     def applied(self, prompts: Embedded) -> AbstractContextManager[None]:
         """Whatever a method does to the language model while that reads `prompts`; most do nothing to it."""
@@ -192,22 +221,38 @@ class Method(nn.Module):
         conversations: Sequence[Sequence[Turn]],
         pictures: Pictures,
         side: Side = "right",
-        fused_tokens: Iterable[int] = (),
     ) -> PromptBatch:
-        """Conversations as `write` writes them, with all their pictures.
+        """Conversations as `write` writes them, with all their pictures."""
+        shown = [
+            (pictures[key], turn.question)
+            for turns in conversations
+            for turn in turns
+            for key in turn.pictures
+        ]
+        return self.pack([self.write(turns) for turns in conversations], shown, side)
+
+    def pack(
+        self,
+        prompts: Sequence[Prompt],
+        shown: Sequence[tuple[PreparedPicture, str]],
+        side: Side = "right",
+        fused_tokens: Sequence[int] = (),
+    ) -> PromptBatch:
+        """Prompts, or parts of them, with their pictures.
 
         Args:
-            fused_tokens: as in `pack`, where `write` leaves places for soft tokens.
+            shown: all pictures in their order, each with what is asked about it.
+            fused_tokens: of each fused demonstration that has a place.
         """
-        prepared, shown = look_up((turn for turns in conversations for turn in turns), pictures)
+        prepared = [picture for picture, _ in shown]
         packed = pack(
-            [self.write(turns) for turns in conversations],
+            prompts,
             pictures=prepared,
-            fused_tokens=fused_tokens,
+            fused_tokens=fused_tokens or repeat(self.tokens_per_picture),
             padding_id=self.padding_id,
             side=side,
         )
-        return PromptBatch(packed, shown)
+        return PromptBatch(packed, join(prepared, [question for _, question in shown]))
 
     @property
     def padding_id(self) -> int:
@@ -216,7 +261,8 @@ class Method(nn.Module):
 
     def demonstration_tokens(self, turn: Turn, pictures: Pictures) -> int:
         """Positions of a prompt that one demonstration takes."""
-        return count_text(self.chat.turn(turn)) + sum(len(pictures[key].ids) for key in turn.pictures)
+        own = self.tokens_per_picture
+        return count_text(self.chat.turn(turn)) + sum(own + len(pictures[key].ids) for key in turn.pictures)
 
     def epoch_order(self, rows: Sequence[Mapping[str, Any]], epoch: int, seed: int) -> list[int]:
         """The order in which one pass reads its rows; each pass after the first is shuffled.

@@ -15,7 +15,7 @@ cut (`longest_turn`) on its own, so an episode of any number of shots keeps its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -48,14 +48,11 @@ class Lcl(Method):
         if config.start is not None:
             load_parameters(self, Path(config.start))
 
-    def write(self, turns: Sequence[Turn]) -> Prompt:
-        """A conversation with no turn longer than `longest_turn`."""
-        prompt = self.chat.prefix()
-        for turn in turns:
-            pieces, cut = self.chat.cut(turn, self.config.longest_turn)
-            self._cut_turns += cut
-            prompt += pieces
-        return prompt
+    def write_turn(self, turn: Turn) -> Prompt:
+        """A turn that is no longer than `longest_turn`."""
+        pieces, cut = self.chat.cut(turn, self.config.longest_turn)
+        self._cut_turns += cut
+        return pieces
 
     @property
     def cut(self) -> Mapping[str, int]:

@@ -30,9 +30,8 @@ bits must not take them along, as it does in the released code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import repeat
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -47,7 +46,7 @@ from mmicl_core.backbones.vision import PictureBatch
 from mmicl_core.config.model import M2ptConfig
 from mmicl_core.errors import ConfigError
 from mmicl_core.methods.adapter import load_parameters
-from mmicl_core.methods.base import Method, Pictures, PromptBatch, Side
+from mmicl_core.methods.base import Method, PromptBatch
 from mmicl_core.prompts import Piece, Prompt, Turn
 
 __all__ = ["DeepPrompts", "M2pt"]
@@ -75,6 +74,7 @@ class M2pt(Method):
 
     takes: ClassVar[Literal["pixels"]] = "pixels"
     changes_backbone: ClassVar[bool] = True
+    writes_turns_apart: ClassVar[bool] = True
 
     def __init__(self, backbone: HuggingFaceBackbone, config: M2ptConfig) -> None:
         super().__init__(backbone)
@@ -103,43 +103,37 @@ class M2pt(Method):
         """Soft tokens that stand before the visual tokens of each picture."""
         return self.config.visual_prompts if self.backbone.family.merges is not None else 0
 
-    def demonstration_tokens(self, turn: Turn, pictures: Pictures) -> int:
-        """Positions of a prompt that one demonstration takes."""
-        return super().demonstration_tokens(turn, pictures) + self.tokens_per_picture * len(turn.pictures)
-
-    def arrange(
-        self, conversations: Sequence[Sequence[Turn]], pictures: Pictures, side: Side = "right"
-    ) -> PromptBatch:
-        """Every turn written out, and places for soft tokens before every picture."""
-        return self.lay_out(conversations, pictures, side, fused_tokens=repeat(self.tokens_per_picture))
-
-    def write(self, turns: Sequence[Turn]) -> Prompt:
-        """A conversation with a place for soft tokens before every picture, if there are any."""
-        prompt = super().write(turns)
+    def write_turn(self, turn: Turn) -> Prompt:
+        """A turn with a place for soft tokens before every picture, if there are any."""
+        pieces = super().write_turn(turn)
         if not self.tokens_per_picture:
-            return prompt
+            return pieces
         return [
             part
-            for piece in prompt
+            for piece in pieces
             for part in ([Piece("fused"), piece] if piece.kind == "image" else [piece])
         ]
 
-    def embed(self, batch: PromptBatch) -> Embedded:
-        """A batch behind the textual prompts."""
-        return self._behind_prompts(self.embed_without_prefix(batch))
-
-    def embed_without_prefix(self, batch: PromptBatch) -> Embedded:
+    def embed_without_opening(self, batch: PromptBatch, fused: Tensor | None = None) -> Embedded:
         """A batch without the textual prompts, to stand behind `static_prefix`."""
+        assert fused is None, "soft tokens of pictures would take the places of demonstrations"
         packed = batch.packed.to(self.backbone.device)
         visual, soft_tokens = self.look(batch)
         return self.backbone.embed(packed, visual, soft_tokens)
+
+    def opening(self) -> tuple[Tensor, Tensor] | None:
+        """The textual prompts."""
+        if self.textual_prompts is None:
+            return None
+        prompts_KSD = self.textual_prompts()
+        return prompts_KSD[0], prompts_KSD[1:]
 
     @torch.no_grad()
     def static_prefix(self) -> Any:
         """Keys and values of the textual prompts, the same before all else; None where there are no prompts.
 
         A layer makes keys and values of what enters it, and that is its own prompts, whatever follows them.
-        `Decoding` goes on from here with what `embed_without_prefix` gives, and needs no hook.
+        `Decoding` goes on from here with what `embed_without_opening` gives, and needs no hook.
 
         Raises:
             ConfigError: the model's prompts go into an encoder, which keeps no keys and values.
@@ -151,11 +145,8 @@ class M2pt(Method):
             )
         if self.textual_prompts is None:
             return None
-        device = self.backbone.device
-        none_BL = torch.ones(1, 0, dtype=torch.long, device=device)
-        embeds_BLD = torch.empty(1, 0, self.backbone.width, dtype=self.backbone.dtype, device=device)
-        nothing = Embedded(embeds_BLD, none_BL, none_BL.bool(), none_BL.bool(), none_BL)
-        return self.backbone.read(self._behind_prompts(nothing), use_cache=True).past_key_values
+        nothing = self.backbone.embed(self.pack([[]], ()).packed.to(self.backbone.device))
+        return self.backbone.read(self.behind_opening(nothing), use_cache=True).past_key_values
 
     def look(self, batch: PromptBatch) -> tuple[Tensor, Tensor | None]:
         """Visual tokens of all pictures, (sum of V, D), and the soft tokens before them, (N n_v, D).
@@ -201,12 +192,6 @@ class M2pt(Method):
             return
         with class_states(self.blocks[-1]) as seen:
             yield seen
-
-    def _behind_prompts(self, prompts: Embedded) -> Embedded:
-        if self.textual_prompts is None:
-            return prompts
-        prompts_KSD = self.textual_prompts()
-        return prompts.after(prompts_KSD[0], prompts_KSD[1:])
 
 
 def _refuse_unless_llava(backbone: HuggingFaceBackbone) -> None:

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from peft import PromptEmbedding
 from peft import PromptTuningConfig as PeftPromptTuningConfig
+from torch import Tensor
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
-from mmicl_core.backbones.language import Embedded
 from mmicl_core.config.model import PromptTuningConfig
 from mmicl_core.methods.adapter import load_parameters
 from mmicl_core.methods.base import Method
@@ -45,7 +45,7 @@ class PromptTuning(Method):
         if config.start is not None:
             load_parameters(self, Path(config.start))
 
-    def embed(self, batch: Any) -> Embedded:
-        """Soft tokens before every prompt, at positions 0 to n - 1."""
+    def opening(self) -> tuple[Tensor, None]:
+        """All soft tokens."""
         numbers = torch.arange(self.config.tokens, device=self.backbone.device)
-        return super().embed(batch).after(self.soft_tokens(numbers))
+        return self.soft_tokens(numbers), None

@@ -41,10 +41,13 @@ def likelihood(scores_V: Tensor, token: int, count: int) -> Likelihood:
 
 def _draw(scores_V: Tensor, sampling: Sampling, count: int) -> int:
     # In 64 bits on the CPU: the draw is the same on every device.
-    probabilities_V = (scores_V.double().cpu() / sampling.temperature).softmax(-1)
+    scores_V = scores_V.double().cpu()
+    # The likeliest one at 0: however low the temperature is, nothing overflows.
+    probabilities_V = ((scores_V - scores_V.max()) / sampling.temperature).softmax(-1)
     ordered_V, ids_V = probabilities_V.sort(descending=True, stable=True)
     before_V = ordered_V.cumsum(0) - ordered_V
-    ordered_V = ordered_V.masked_fill(before_V >= sampling.top_p, 0)
+    # However small the share is, the likeliest one is in it.
+    ordered_V[1:] = ordered_V[1:].masked_fill(before_V[1:] >= sampling.top_p, 0)
     generator = torch.Generator().manual_seed(_mix(sampling.seed, count))
     return int(ids_V[torch.multinomial(ordered_V, 1, generator=generator)])
 

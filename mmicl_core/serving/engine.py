@@ -2,11 +2,13 @@
 
     waiting --prefill, at most one group a step--> rows of a running batch --one token each--> texts
 
-A step first looks at the oldest waiting questions that may be prefilled together, then gives every running
-answer one token. An answer that ends, is cancelled or runs out of time leaves its row at once. Which others
-are in the batch does not change an answer: rows see themselves alone, and each draws by its own seed.
+A step first reads the oldest waiting questions that may be read together, up to a number of tokens, then
+gives every running answer one token. An answer that ends, is cancelled or runs out of time leaves its row at
+once. Which others are in the batch does not change an answer: rows see themselves alone, and each draws by
+its own seed. What fails of one job fails that job alone, and what fails in a step of a batch is told to all
+in it.
 
-The engine belongs to one thread.
+The engine belongs to one thread; jobs are added and cancelled from any.
 """
 
 from __future__ import annotations
@@ -15,75 +17,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
-from mmicl_core.backbones.decoding import Decoding, context_length
+from mmicl_core.backbones.decoding import Decoding
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
-from mmicl_core.backbones.language import Embedded
-from mmicl_core.backbones.vision import look_up
-from mmicl_core.data.collate import pack
-from mmicl_core.errors import DataError
-from mmicl_core.methods.base import Method, Pictures
-from mmicl_core.prompts import Turn
 from mmicl_core.serving.choosing import choose, likelihood
-from mmicl_core.serving.prefixes import Prefix, Prefixes
-from mmicl_core.serving.sampling import Likelihood, Sampling
+from mmicl_core.serving.jobs import Begun, Ended, Grown, Job, OutOfTimeError
+from mmicl_core.serving.prefill import Plan, Prefill
+from mmicl_core.serving.prefixes import Prefixes
+from mmicl_core.serving.sampling import Sampling
 
-__all__ = ["Begun", "Ended", "Engine", "Grown", "Job"]
+__all__ = ["PREFILL_TOKENS", "Engine"]
 
-# A prefix shorter than this is computed anew in less time than it takes to copy it.
-SHORTEST_PREFIX = 16
-
-
-@dataclass(eq=False)
-class Job:
-    """One question to be answered, once for each of its samplings."""
-
-    method: Method
-    turns: tuple[Turn, ...]
-    """The last one unanswered."""
-    pictures: Pictures
-    samplings: tuple[Sampling, ...]
-    tell: Callable[[Begun | Grown | Ended], None]
-    """Called in the engine's thread with all that happens to it."""
-    fused: tuple[torch.Tensor, ...] = ()
-    """Fused tokens of demonstrations, (T, D) each, which stand before the first turn."""
-    prefix: str | None = None
-    """The name of what stands before the last turn: the same name stands for the same content. None where it
-    is not worth keeping."""
-    deadline: float = float("inf")
-    """By `time.monotonic`."""
-    cancelled: bool = False
-    """Set from any thread; the engine then forgets it without another word."""
-
-
-@dataclass(frozen=True)
-class Begun:
-    """The prompt was read."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    """Of these, how many were read before, for another question."""
-
-
-@dataclass(frozen=True)
-class Grown:
-    """An answer has one more token."""
-
-    index: int
-    token: int
-    likelihood: Likelihood | None
-
-
-@dataclass(frozen=True)
-class Ended:
-    """An answer is complete, or the whole job failed."""
-
-    index: int
-    reason: Literal["stop", "length"]
-    error: Exception | None = None
+PREFILL_TOKENS = 4096
+"""Bounds the memory of one pass, and how long running answers wait for it."""
 
 
 @dataclass(eq=False)
@@ -94,11 +42,15 @@ class _Row:
     index: int
     token: int = -1
     count: int = 0
-    stopped: bool = False
+    ended: bool = False
 
     @property
     def sampling(self) -> Sampling:
         return self.job.samplings[self.index]
+
+    @property
+    def goes_on(self) -> bool:
+        return not (self.ended or self.job.cancelled or self.index in self.job.stopped)
 
 
 @dataclass
@@ -109,10 +61,6 @@ class _Batch:
     rows: list[_Row] = field(default_factory=list)
 
 
-class OutOfTimeError(Exception):
-    """A job whose deadline has passed."""
-
-
 class Engine:
     """Answers jobs.
 
@@ -120,18 +68,27 @@ class Engine:
         backbone: the model of all methods of jobs.
         most_rows: answers that grow at the same time.
         prefix_bytes: of keys and values that are kept for the next job with the same prefix.
+        prefill_tokens: of prompts that are read in one step, if more than one is.
     """
 
-    def __init__(self, backbone: HuggingFaceBackbone, most_rows: int, prefix_bytes: int) -> None:
-        self._backbone, self._most_rows = backbone, most_rows
+    def __init__(
+        self,
+        backbone: HuggingFaceBackbone,
+        most_rows: int,
+        prefix_bytes: int,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ) -> None:
+        self._backbone, self._most_rows, self._most_tokens = backbone, most_rows, prefill_tokens
         self.prefixes = Prefixes(prefix_bytes)
-        self._waiting = deque[Job]()
+        self._prefill = Prefill(backbone, self.prefixes)
+        self._added, self._waiting = deque[Job](), deque[Job]()
         self._batches: list[_Batch] = []
+        self._next: Plan | None = None
 
     @property
     def waiting(self) -> int:
         """Jobs that have not begun."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._added)
 
     @property
     def running(self) -> int:
@@ -141,38 +98,32 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self._waiting and not self._batches
+        return not self._added and not self._waiting and not self._batches
 
     def add(self, job: Job) -> None:
         """Let a job wait for its turn."""
-        self._waiting.append(job)
+        self._added.append(job)
 
     @torch.no_grad()
     def step(self) -> None:
         """Begin what can begin, and give every answer one token."""
-        self._drop_what_is_late()
+        while self._added:
+            self._waiting.append(self._added.popleft())
+        self._drop_what_is_over()
         begun = self._begin()
         for batch in self._batches:
-            batch.decoding.feed(torch.tensor([row.token for row in batch.rows], device=self._backbone.device))
-            self._grow(batch)
+            self._try(batch, self._feed)
         self._batches += begun
         self._join()
 
-    def stop(self, job: Job, index: int) -> None:
-        """End one answer of a job after the token that it was last told; for texts that end answers."""
-        for batch in self._batches:
-            for row in batch.rows:
-                row.stopped |= row.job is job and row.index == index
-
-    def _drop_what_is_late(self) -> None:
+    def _drop_what_is_over(self) -> None:
         now = time.monotonic()
         late = [job for job in self._jobs() if job.deadline < now and not job.cancelled]
         for job in late:
-            job.cancelled = True
-            job.tell(Ended(0, "stop", OutOfTimeError("the deadline of the request has passed")))
+            _end(job, OutOfTimeError("the deadline of the request has passed"))
         self._waiting = deque(job for job in self._waiting if not job.cancelled)
         for batch in self._batches:
-            self._leave(batch)
+            self._try(batch, self._leave)
         self._batches = [batch for batch in self._batches if batch.rows]
 
     def _jobs(self) -> Iterator[Job]:
@@ -180,158 +131,109 @@ class Engine:
         yield from dict.fromkeys(row.job for batch in self._batches for row in batch.rows)
 
     def _begin(self) -> list[_Batch]:
-        """Prefill the oldest jobs that share method and prefix, as many as there are rows for."""
+        """Read the oldest jobs, as many as may be read together and there are rows for."""
         group = self._next_group()
         if not group:
             return []
         try:
-            batch = self._prefill(group)
+            return self._read(group)
         except Exception as error:
-            self._begin_one_by_one_or_tell(group, error)
+            if len(group) == 1:
+                _end(group[0].job, error)
+                return []
+        # One bad job does not fail those that were read with it.
+        return [batch for plan in group for batch in self._read_alone(plan)]
+
+    def _read_alone(self, plan: Plan) -> list[_Batch]:
+        try:
+            return self._read([plan])
+        except Exception as error:
+            _end(plan.job, error)
             return []
-        self._grow(batch)
-        return [batch] if batch.rows else []
 
-    def _begin_one_by_one_or_tell(self, group: Sequence[Job], error: Exception) -> None:
-        """One bad job does not fail those that were read with it."""
-        if len(group) == 1:
-            group[0].tell(Ended(0, "stop", error))
-            return
-        for job in group:
-            try:
-                batch = self._prefill([job])
-            except Exception as own:
-                job.tell(Ended(0, "stop", own))
-                continue
-            self._grow(batch)
-            self._batches += [batch] if batch.rows else []
-
-    def _next_group(self) -> list[Job]:
-        free = self._most_rows - self.running
-        group = list[Job]()
-        for job in self._waiting:
-            alike = not group or (job.method is group[0].method and job.prefix == group[0].prefix)
-            needed = len(job.samplings)
+    def _next_group(self) -> list[Plan]:
+        group, free = list[Plan](), self._most_rows - self.running
+        while self._waiting:
+            needed = len(self._waiting[0].samplings)
             # A job that needs more rows than there ever are begins where nothing else runs.
-            if not alike or (needed > free and (group or self.running)):
+            if needed > free and (group or self.running):
                 break
-            group.append(job)
-            free -= needed
-        for _ in group:
+            plan = self._plan(self._waiting[0])
+            if plan is not None and not self._fits(group, plan):
+                break
             self._waiting.popleft()
+            if plan is not None:
+                group.append(plan)
+                free -= needed
         return group
 
-    def _prefill(self, group: Sequence[Job]) -> _Batch:
-        method = group[0].method
-        prompts, lengths = self._embed(group)
-        for job, length in zip(group, lengths, strict=True):
-            self._refuse_too_long(job, length)
-        before = self._before(group[0], prompts, lengths[0])
-        if before is None:
-            with method.applied(prompts):
-                decoding, cached = Decoding(self._backbone, prompts), 0
-        else:
-            prefix, is_new = before
-            tails = prompts.tails([length - prefix.length for length in lengths], prefix.length)
-            decoding, cached = Decoding(self._backbone, tails, prefix.cache), prefix.length
-        for number, (job, length) in enumerate(zip(group, lengths, strict=True)):
-            reused = cached if before is not None and (number or not before[1]) else 0
-            job.tell(Begun(length, reused))
-        rows = [_Row(job, index) for job in group for index in range(len(job.samplings))]
+    def _plan(self, job: Job) -> Plan | None:
+        """How a job is read; one that cannot be is told so."""
+        if self._next is None or self._next.job is not job:
+            try:
+                self._next = self._prefill.plan(job)
+            except Exception as error:
+                _end(job, error)
+                return None
+        return self._next
+
+    def _fits(self, group: Sequence[Plan], plan: Plan) -> bool:
+        if not group:
+            return True
+        every = [*group, plan]
+        tokens = len(every) * max(one.tail.length for one in every) + sum(one.read_first for one in every)
+        return self._prefill.alike(group[0], plan) and tokens <= self._most_tokens
+
+    def _read(self, group: Sequence[Plan]) -> list[_Batch]:
+        began = time.monotonic()
+        decoding, lengths = self._prefill.read(group)
+        rows = [_Row(plan.job, index) for plan in group for index in range(len(plan.job.samplings))]
         if len(rows) > len(group):
-            decoding.keep([place for place, job in enumerate(group) for _ in job.samplings])
-        return _Batch(decoding, rows)
+            decoding.keep([place for place, plan in enumerate(group) for _ in plan.job.samplings])
+        batch, running = _Batch(decoding, rows), self.running + len(rows)
+        for plan, (length, cached) in zip(group, lengths, strict=True):
+            plan.job.tell(Begun(length, cached, plan.demo_tokens, began, running))
+        self._try(batch, self._grow)
+        return [batch] if batch.rows else []
 
-    def _embed(self, group: Sequence[Job]) -> tuple[Embedded, list[int]]:
-        """Prompts of jobs, padded on the left, and their lengths."""
-        method = group[0].method
-        pictures = {
-            f"{number}/{key}": picture
-            for number, job in enumerate(group)
-            for key, picture in job.pictures.items()
-        }
-        conversations = [_renamed(job.turns, number) for number, job in enumerate(group)]
-        if any(job.fused for job in group):
-            prompts = self._embed_behind_fused(group, conversations, pictures)
-        else:
-            prompts = method.embed(method.arrange(conversations, pictures, "left"))
-        return prompts, prompts.mask_BL.sum(1).tolist()
+    def _try(self, batch: _Batch, work: Callable[[_Batch], None]) -> None:
+        """Work on a batch; what fails is told to all in it, and ends them."""
+        try:
+            work(batch)
+        except Exception as error:
+            _fail(batch, error)
 
-    def _embed_behind_fused(
-        self, group: Sequence[Job], conversations: Sequence[Sequence[Turn]], pictures: Pictures
-    ) -> Embedded:
-        method, fused = group[0].method, [one for job in group for one in job.fused]
-        prepared, shown = look_up((turn for turns in conversations for turn in turns), pictures)
-        packed = pack(
-            [
-                method.chat.conversation(turns, len(job.fused))
-                for job, turns in zip(group, conversations, strict=True)
-            ],
-            pictures=prepared,
-            fused_tokens=[len(one) for one in fused],
-            padding_id=method.padding_id,
-            side="left",
-        )
-        device = self._backbone.device
-        fused_TD = torch.cat([one.to(device) for one in fused])
-        return self._backbone.embed(packed.to(device), self._backbone.see(shown), fused_TD)
-
-    def _before(self, job: Job, prompts: Embedded, length: int) -> tuple[Prefix, bool] | None:
-        """What stands before the last turn, and whether it was computed just now; None where it is read with
-        the question."""
-        if job.prefix is None or not self._can_split(job.method):
-            return None
-        known = self.prefixes.get(job.prefix)
-        if known is not None:
-            return known, False
-        columns = length - job.method.demonstration_tokens(job.turns[-1], job.pictures)
-        if columns < SHORTEST_PREFIX:
-            return None
-        head = prompts.head(0, columns)
-        with job.method.applied(head):
-            cache = self._backbone.read(head, use_cache=True).past_key_values
-        prefix = Prefix(cache, columns, _nbytes(cache))
-        self.prefixes.put(job.prefix, prefix)
-        return prefix, True
-
-    def _can_split(self, method: Method) -> bool:
-        """Whether tokens before a question do not depend on it."""
-        family = self._backbone.family
-        return family.decoder is None and family.attends != "prefix" and method.writes_turns_apart
-
-    def _refuse_too_long(self, job: Job, prompt_tokens: int) -> None:
-        most, limit = max(one.max_new_tokens for one in job.samplings), context_length(self._backbone)
-        if prompt_tokens + most > limit:
-            raise DataError(
-                f"the prompt takes {prompt_tokens} tokens and the answer may take {most}, the model reads "
-                f"{limit}: register the demonstrations as a demo_pack, or lower max_tokens"
-            )
+    def _feed(self, batch: _Batch) -> None:
+        tokens = torch.tensor([row.token for row in batch.rows], device=self._backbone.device)
+        batch.decoding.feed(tokens)
+        self._grow(batch)
 
     def _grow(self, batch: _Batch) -> None:
         """Choose the next token of every row; those that end leave."""
         end, scores_BV = self._backbone.tokenizer.eos_token_id, batch.decoding.scores_BV
+        broken = scores_BV.isnan().any(1).tolist()
         samplings = [row.sampling for row in batch.rows]
-        tokens = choose(scores_BV, samplings, [row.count for row in batch.rows])
+        tokens = choose(scores_BV.nan_to_num(), samplings, [row.count for row in batch.rows])
         for place, (row, token) in enumerate(zip(batch.rows, tokens, strict=True)):
-            if row.job.cancelled or row.stopped:
+            if not row.goes_on:
                 continue
-            if token == end:
-                row.stopped = True
+            if broken[place]:
+                _end(row.job, ArithmeticError("the model gives no numbers behind this prompt"))
+            elif token == end:
+                row.ended = True
                 row.job.tell(Ended(row.index, "stop"))
-                continue
-            row.token, row.count = token, row.count + 1
-            count = row.sampling.top_logprobs
-            told = likelihood(scores_BV[place], token, count) if count is not None else None
-            row.job.tell(Grown(row.index, token, told))
-            if row.count == row.sampling.max_new_tokens and not row.stopped:
-                row.stopped = True
-                row.job.tell(Ended(row.index, "length"))
+            else:
+                row.token, row.count = token, row.count + 1
+                count = row.sampling.top_logprobs
+                told = likelihood(scores_BV[place], token, count) if count is not None else None
+                row.job.tell(Grown(row.index, token, told))
+                if row.count == row.sampling.max_new_tokens and row.goes_on:
+                    row.ended = True
+                    row.job.tell(Ended(row.index, "length"))
         self._leave(batch)
 
     def _leave(self, batch: _Batch) -> None:
-        going_on = [
-            place for place, row in enumerate(batch.rows) if not row.stopped and not row.job.cancelled
-        ]
+        going_on = [place for place, row in enumerate(batch.rows) if row.goes_on]
         if len(going_on) < len(batch.rows):
             batch.rows = [batch.rows[place] for place in going_on]
             if going_on:
@@ -342,19 +244,25 @@ class Engine:
         batches = [batch for batch in self._batches if batch.rows]
         joined = [batch for batch in batches if batch.decoding.can_join]
         for batch in joined[1:]:
-            joined[0].decoding.join(batch.decoding)
+            try:
+                joined[0].decoding.join(batch.decoding)
+            except Exception as error:
+                # Half joined, neither can go on.
+                _fail(joined[0], error)
+                _fail(batch, error)
+                break
             joined[0].rows += batch.rows
-        self._batches = [*joined[:1], *(batch for batch in batches if not batch.decoding.can_join)]
+            batch.rows = []
+        self._batches = [batch for batch in batches if batch.rows]
 
 
-def _renamed(turns: Sequence[Turn], number: int) -> list[Turn]:
-    """Turns whose pictures have keys of their own among those of other jobs."""
-    return [
-        Turn(tuple(f"{number}/{key}" for key in turn.pictures), turn.question, turn.answer, turn.scored)
-        for turn in turns
-    ]
+def _fail(batch: _Batch, error: Exception) -> None:
+    for job in dict.fromkeys(row.job for row in batch.rows):
+        _end(job, error)
+    batch.rows = []
 
 
-def _nbytes(cache: object) -> int:
-    layers = getattr(cache, "layers", ())
-    return sum(one.nbytes for layer in layers for one in (layer.keys, layer.values))
+def _end(job: Job, error: Exception) -> None:
+    if not job.cancelled:
+        job.cancelled = True
+        job.tell(Ended(0, "stop", error))

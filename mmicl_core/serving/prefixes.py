@@ -2,19 +2,20 @@
 
     name of the content --> cache of one row, as the language model gave it
 
-Bounded by bytes; what was not used for longest goes first.
+Bounded by bytes; what was not used for longest goes first. Any thread may look one up and hold it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 __all__ = ["Prefix", "Prefixes"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prefix:
     """What one prefix left in the language model."""
 
@@ -22,7 +23,15 @@ class Prefix:
     """As `Decoding` takes it."""
     length: int
     """Columns that it takes."""
-    nbytes: int
+    next_position: int
+    """Of what comes behind; pictures may take fewer positions than columns."""
+    demo_tokens: int = 0
+    """Of its columns, those of demonstrations."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of keys and values."""
+        return sum(one.nbytes for layer in self.cache.layers for one in (layer.keys, layer.values))
 
 
 class Prefixes:
@@ -33,12 +42,14 @@ class Prefixes:
     """
 
     def __init__(self, most_bytes: int) -> None:
-        self._most, self._kept = most_bytes, OrderedDict[str, Prefix]()
+        self._most, self._kept, self._lock = most_bytes, OrderedDict[str, Prefix](), Lock()
+        self.nbytes = 0
+        """Of all that is kept."""
 
     @property
-    def nbytes(self) -> int:
-        """Of all that is kept."""
-        return sum(prefix.nbytes for prefix in self._kept.values())
+    def keeps_any(self) -> bool:
+        """Whether there is room at all."""
+        return self._most > 0
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -48,13 +59,20 @@ class Prefixes:
 
     def get(self, name: str) -> Prefix | None:
         """Looked up, it counts as used."""
-        if name in self._kept:
-            self._kept.move_to_end(name)
-        return self._kept.get(name)
+        with self._lock:
+            if name in self._kept:
+                self._kept.move_to_end(name)
+            return self._kept.get(name)
 
     def put(self, name: str, prefix: Prefix) -> None:
         """Keep it, unless it alone is too large."""
-        self._kept[name] = prefix
-        self._kept.move_to_end(name)
-        while self._kept and self.nbytes > self._most:
-            self._kept.popitem(last=False)
+        if prefix.nbytes > self._most:
+            return
+        with self._lock:
+            if name in self._kept:
+                self.nbytes -= self._kept.pop(name).nbytes
+            self._kept[name] = prefix
+            self.nbytes += prefix.nbytes
+            while self.nbytes > self._most:
+                _, gone = self._kept.popitem(last=False)
+                self.nbytes -= gone.nbytes

@@ -131,7 +131,7 @@ def test_static_keys_and_values_answer_as_the_hooks_do(family: str, method: M2pt
         prefix = method.static_prefix()
         for row in batch_rows():
             batch = asked(method, [row])
-            behind_hooks, behind_prefix = method.embed(batch), method.embed_without_prefix(batch)
+            behind_hooks, behind_prefix = method.embed(batch), method.embed_without_opening(batch)
             torch.testing.assert_close(
                 Decoding(backbone, behind_prefix, prefix).scores_BV,
                 Decoding(backbone, behind_hooks).scores_BV,
@@ -141,7 +141,7 @@ def test_static_keys_and_values_answer_as_the_hooks_do(family: str, method: M2pt
             assert generate(backbone, behind_prefix, GENERATED, prefix) == said
         assert prefix.get_seq_length() == TEXTUAL_PROMPTS
         batch = asked(method, batch_rows())
-        padded = method.embed_without_prefix(batch)
+        padded = method.embed_without_opening(batch)
         if family == "gemma3":
             # Its windows are counted in columns, padding included.
             with pytest.raises(BackboneError, match=r"of \[\d+, \d+\] tokens stand behind one cache"):

@@ -18,7 +18,8 @@ from mmicl_core.data.pictures import PreparedPicture
 from mmicl_core.errors import DataError
 from mmicl_core.methods.base import Method, Plain
 from mmicl_core.prompts import Turn
-from mmicl_core.serving.engine import Begun, Ended, Engine, Grown, Job, OutOfTimeError
+from mmicl_core.serving.engine import Engine
+from mmicl_core.serving.jobs import Begun, Ended, Grown, Job, OutOfTimeError
 from mmicl_core.serving.sampling import Sampling
 from tests.fakes import draw_picture, tiny_backbone
 from tests.families import NAMES, write_model
@@ -229,7 +230,7 @@ def test_answer_that_is_stopped_from_outside_ends_without_another_token(
     asked = job(method, 0, 1, told, samplings=(Sampling(MOST), Sampling(MOST)))
     engine.add(asked)
     engine.step()
-    engine.stop(asked, 1)
+    asked.stopped.add(1)
     run(engine)
     assert len(told.tokens[1]) < len(told.tokens[0]) == MOST
     assert 1 not in told.ended
