@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
 import struct
 import threading
 import time
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import uvicorn
 
@@ -39,6 +41,7 @@ from pipelines.serve.keys import Keys
 from pipelines.serve.limits import Limits
 from pipelines.serve.media import Media
 from pipelines.serve.metrics import Metrics
+from pipelines.serve.openai_api import build_api
 from pipelines.serve.services import Services
 
 __all__ = [
@@ -46,10 +49,16 @@ __all__ = [
     "BASE",
     "FakeCompressor",
     "FakeGenerator",
+    "ask",
+    "assistant",
+    "call",
     "data_uri",
+    "error_of",
+    "events_of",
     "make_services",
     "png",
     "served",
+    "user",
 ]
 
 TOKENS_OF_A_PICTURE, WIDTH, START_SECONDS = 16, 4, 10
@@ -273,6 +282,52 @@ def served(app: Any) -> Iterator[str]:
         server.should_exit = True
         thread.join(START_SECONDS)
         assert not thread.is_alive(), "a request keeps the server from ending"
+
+
+def call(services: Services, method: str, path: str, **more: Any) -> httpx.Response:
+    """One request to the API, without a socket."""
+
+    async def request() -> httpx.Response:
+        # An unexpected error is answered with 500; the transport would raise it here as well.
+        transport = httpx.ASGITransport(build_api(services), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **more)
+
+    return asyncio.run(request())
+
+
+def ask(services: Services, messages: Any = None, **fields: Any) -> httpx.Response:
+    """A chat request to the model that fuses, or to `model`."""
+    said = [user("This is")] if messages is None else messages
+    return call(services, "POST", "/v1/chat/completions", json={"model": AIM.id, "messages": said} | fields)
+
+
+def user(text: str, *pictures: bytes | str) -> dict[str, Any]:
+    """A question about pictures, or about what is at addresses."""
+    urls = [data_uri(one) if isinstance(one, bytes) else one for one in pictures]
+    shown = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"role": "user", "content": [{"type": "text", "text": text}, *shown]}
+
+
+def assistant(text: Any) -> dict[str, Any]:
+    """An answer."""
+    return {"role": "assistant", "content": text}
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    """What a response of that status says."""
+    assert response.status_code == status, response.text
+    assert list(response.json()) == ["error"]
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def events_of(response: httpx.Response) -> list[Any]:
+    """The events of a stream; the last one is `[DONE]` where all went well."""
+    assert response.headers["content-type"].startswith("text/event-stream"), response.text
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
 def _fusion(known: Sequence[Known]) -> Fusion:

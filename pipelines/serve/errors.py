@@ -139,9 +139,9 @@ def status_of(error: Exception) -> tuple[HTTPStatus, str]:
 
 
 def error_body(error: Exception) -> dict[str, Any]:
-    """An error in OpenAI's shape. What is the server's fault is logged and not told."""
+    """An error in OpenAI's shape. What nobody expected is logged and not told."""
     status, code = status_of(error)
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    if status == HTTPStatus.INTERNAL_SERVER_ERROR:
         log.error("a request failed", exc_info=error)
         return _body("the server failed on this request; its log says why", status, code, None)
     param = error.param if isinstance(error, RequestError) else None

@@ -1,450 +1,294 @@
-"""The HTTP API in front of fakes that keep the replicas' contracts."""
+"""Chat completions in front of fakes that keep the replicas' contracts."""
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import json
 import threading
+from dataclasses import replace
 
-import httpx
-import numpy as np
 import pytest
 
-from mmicl_core.bank import Pack, PackEntry, UnknownPackError
-from mmicl_core.config.serve import ServeConfig
-from mmicl_core.errors import BankError, DataError
+from mmicl_core.bank import Demonstration
 from mmicl_core.prompts import Turn
-from pipelines.serve import openai_api
-from pipelines.serve.contracts import Answer
-from pipelines.serve.openai_api import build_api
-
-CONFIG = ServeConfig(model_name="nano", max_images=3, max_image_bytes=1024, max_new_tokens=17)
-PICTURE, OTHER_PICTURE = b"the bytes of a picture", b"those of another"
-URI, OTHER_URI = (
-    f"data:image/png;base64,{base64.b64encode(picture).decode()}" for picture in (PICTURE, OTHER_PICTURE)
+from mmicl_core.serving.sampling import Sampling
+from pipelines.serve import chat
+from pipelines.serve.contracts import PackReference, Piece, TokenLogprob
+from tests.served import (
+    AIM,
+    BASE,
+    FakeGenerator,
+    ask,
+    assistant,
+    call,
+    data_uri,
+    error_of,
+    events_of,
+    make_services,
+    png,
+    user,
 )
-ENTRY = PackEntry("pack-" + "1" * 32, tokens_full=(30, 31), tokens_fused=(5, 6))
-FUSED = (np.zeros((5, 4), np.float32), np.ones((6, 4), np.float32))
-ANSWER = Answer("bako mute", "stop", prompt_tokens=40, completion_tokens=2, ttft_ms=12.5)
+
+SHOTS = [user("This is", png(1)), assistant("bako"), user("This is", png(2)), assistant("mute")]
+QUERY = user("This is", png(3))
 
 
-class FakeCompressor:
-    """Knows one pack and remembers what it was asked to fuse."""
-
-    def __init__(self):
-        self.demonstrations = None
-
-    async def register(self, demonstrations):
-        self.demonstrations = demonstrations
-        return ENTRY
-
-    async def describe(self, pack_id):
-        return (await self.load(pack_id)).entry
-
-    async def load(self, pack_id):
-        if pack_id == "pack-foreign":
-            raise BankError("made for another backbone")
-        if pack_id != ENTRY.id:
-            raise UnknownPackError(f"no pack {pack_id}")
-        return Pack(ENTRY, FUSED)
+@pytest.fixture
+def services(tmp_path):
+    return make_services(tmp_path, max_new_tokens=17)
 
 
-class FakeGenerator:
-    """Answers the same to everything, or fails, and remembers the question."""
-
-    def __init__(self, error=None, pieces=("bako", " mute")):
-        self.question = None
-        self.error = error
-        self.pieces = pieces
-
-    async def answer(self, question):
-        self.question = question
-        if self.error is not None:
-            raise self.error
-        return ANSWER
-
-    async def stream(self, question):
-        self.question = question
-        for piece in self.pieces:
-            yield piece
-        if self.error is not None:
-            raise self.error
-        yield ANSWER
+def asked(services, messages=None, **fields):
+    response = ask(services, messages, **fields)
+    assert response.status_code == 200, response.text
+    return services.generator.question
 
 
-def call(method, path, generator=None, compressor=None, config=CONFIG, **more) -> httpx.Response:
-    async def request():
-        api = build_api(config, compressor or FakeCompressor(), generator or FakeGenerator())
-        # An unexpected error is answered with 500; the transport would raise it here as well.
-        transport = httpx.ASGITransport(api, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.request(method, path, **more)
-
-    return asyncio.run(request())
-
-
-def ask(messages=None, **fields) -> httpx.Response:
-    boundary = {key: fields.pop(key) for key in ("generator", "compressor", "config") if key in fields}
-    body = {"model": "nano", "messages": [user("This is")] if messages is None else messages} | fields
-    return call("POST", "/v1/chat/completions", json=body, **boundary)
-
-
-def user(text, *urls):
-    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    return {"role": "user", "content": [{"type": "text", "text": text}, *pictures]}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
-
-def error_of(response, status) -> dict:
-    assert response.status_code == status, response.text
-    assert list(response.json()) == ["error"]
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return error
-
-
-def events(response) -> list:
-    assert response.headers["content-type"].startswith("text/event-stream")
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    return [line if line == "[DONE]" else json.loads(line) for line in lines]
-
-
-def test_conversation_reaches_the_generator_as_turns_with_the_bytes_of_their_pictures():
-    generator = FakeGenerator()
-    messages = [user("This is", URI), assistant("bako"), {"role": "user", "content": "Why?"}]
-    messages += [assistant([{"type": "text", "text": "Because."}]), user("This is", URI)]
-    assert ask(messages, generator=generator).status_code == 200
-    question = generator.question
-    assert question.turns == (
-        Turn(("0.0",), "This is", "bako"),
-        Turn((), "Why?", "Because."),
-        Turn(("4.0",), "This is", None),
-    )
-    assert question.pictures == {"0.0": PICTURE, "4.0": PICTURE}
-    assert (question.max_new_tokens, question.fused) == (17, ())
-
-
-def test_all_pictures_of_one_message_reach_the_generator_in_their_order():
-    generator = FakeGenerator()
-    between = [
-        {"type": "image_url", "image_url": {"url": OTHER_URI}},
-        {"type": "text", "text": "Are these"},
-        {"type": "image_url", "image_url": {"url": URI}},
-        {"type": "text", "text": "alike?"},
+def pack(services, *answers) -> str:
+    shots = [
+        {"image_url": data_uri(png(number)), "question": "This is", "answer": answer}
+        for number, answer in enumerate(answers, 10)
     ]
-    messages = [user("This is", URI, OTHER_URI), assistant("no"), {"role": "user", "content": between}]
-    config = CONFIG.model_copy(update={"max_images": 4})
-    assert ask(messages, generator=generator, config=config).status_code == 200
-    asked = generator.question
-    first, second = asked.turns
-    assert (first.question, first.answer) == ("This is", "no")
-    assert (second.question, second.answer) == ("Are these\nalike?", None)
-    shown = [[asked.pictures[key] for key in turn.pictures] for turn in asked.turns]
-    assert shown == [[PICTURE, OTHER_PICTURE], [OTHER_PICTURE, PICTURE]]
-    assert len(asked.pictures) == 4
+    made = call(services, "POST", "/v1/demo_packs", json={"demonstrations": shots})
+    assert made.status_code == 200, made.text
+    return made.json()["id"]
 
 
-@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
-def test_limit_of_the_request_replaces_the_default(field):
-    generator = FakeGenerator()
-    ask(generator=generator, **{field: 5})
-    assert generator.question.max_new_tokens == 5
-
-
-def test_completion_has_openai_fields_and_counts_what_a_pack_saves():
-    generator = FakeGenerator()
-    reply = ask(demo_pack=ENTRY.id, generator=generator).json()
-    message = {"role": "assistant", "content": "bako mute"}
+def test_completion_has_openai_fields_and_counts_what_fusing_saves(services):
+    reply = ask(services, [*SHOTS, QUERY], user="somebody").json()
+    message = {"role": "assistant", "content": "bako mute", "refusal": None}
     assert reply["object"] == "chat.completion"
-    assert reply["model"] == "nano"
-    assert reply["choices"] == [{"index": 0, "message": message, "finish_reason": "stop"}]
+    assert reply["model"] == "nano@aim"
+    assert reply["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
     assert reply["usage"] == {
-        "prompt_tokens": 40,
+        "prompt_tokens": 36,
         "completion_tokens": 2,
-        "total_tokens": 42,
-        "demo_tokens_full": 61,
-        "demo_tokens_fused": 11,
+        "total_tokens": 38,
+        "prompt_tokens_details": {"cached_tokens": 7},
+        "cached_tokens": 7,
+        "demo_tokens_full": 38,
+        "demo_tokens_fused": 6,
     }
-    assert reply["mmicl"] == {"ttft_ms": 12.5}
-    assert generator.question.fused is FUSED
+    assert reply["mmicl"] == {"ttft_ms": 12.5, "queued_ms": 1.5}
+    assert ask(services).json()["id"] != reply["id"]
 
 
-def test_completion_without_a_pack_counts_no_demonstrations():
-    usage = ask().json()["usage"]
-    assert (usage["demo_tokens_full"], usage["demo_tokens_fused"]) == (0, 0)
+def test_demonstrations_with_pictures_are_fused_where_the_model_can(services):
+    question = asked(services, [*SHOTS, user("Why?"), assistant("Because."), QUERY])
+    (call_,) = services.compressor.asked
+    shots = (Demonstration((png(1),), "This is", "bako"), Demonstration((png(2),), "This is", "mute"))
+    assert call_ == ("fuse", "nano@aim", "public", shots)
+    assert question.turns == (Turn((), "Why?", "Because."), Turn(("6.1",), "This is", None))
+    assert question.pictures == {"6.1": png(3)}
+    assert [len(one) for one in question.fusion.fused] == [3, 3]
 
 
-def test_every_completion_has_an_id_of_its_own():
-    assert ask().json()["id"] != ask().json()["id"]
+@pytest.mark.parametrize("fields", [{"demonstrations": "full"}, {"model": BASE.id}])
+def test_demonstrations_are_written_out_where_asked_or_where_the_model_cannot_fuse(services, fields):
+    question = asked(services, [*SHOTS, QUERY], **fields)
+    assert services.compressor.asked == []
+    assert question.fusion is None
+    assert [turn.answer for turn in question.turns] == ["bako", "mute", None]
+    assert question.pictures == {"0.1": png(1), "2.1": png(2), "4.1": png(3)}
 
 
-def test_stream_sends_each_piece_then_the_reason_then_usage_then_done():
-    *chunks, done = events(ask(stream=True, stream_options={"include_usage": True}, demo_pack=ENTRY.id))
-    assert done == "[DONE]"
-    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
-    assert len({chunk["id"] for chunk in chunks}) == 1
-    first, *pieces, last, usage = chunks
-    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert [piece["choices"][0]["delta"] for piece in pieces] == [{"content": "bako"}, {"content": " mute"}]
-    assert {piece["choices"][0]["finish_reason"] for piece in pieces} == {None}
-    assert (last["choices"][0]["finish_reason"], last["mmicl"]) == ("stop", {"ttft_ms": 12.5})
-    assert (usage["choices"], usage["usage"]["demo_tokens_full"]) == ([], 61)
+def test_demonstrations_fused_takes_all_earlier_turns(services):
+    question = asked(services, [user("Why?"), assistant("Because."), *SHOTS, QUERY], demonstrations="fused")
+    assert question.turns == (Turn(("6.1",), "This is", None),)
+    assert services.compressor.asked[0][3][0] == Demonstration((), "Why?", "Because.")
 
 
-def test_stream_tells_usage_only_where_it_was_asked_for():
-    *chunks, _ = events(ask(stream=True))
-    assert not any("usage" in chunk for chunk in chunks)
+def test_request_overrides_what_the_settings_say_of_demonstrations(tmp_path):
+    services = make_services(tmp_path, demonstrations="full")
+    assert asked(services, [*SHOTS, QUERY]).fusion is None
+    assert asked(services, [*SHOTS, QUERY], demonstrations="auto").fusion is not None
 
 
-def test_stream_of_an_empty_answer_ends_with_done():
-    *chunks, done = events(ask(stream=True, generator=FakeGenerator(pieces=())))
-    assert (len(chunks), done) == (2, "[DONE]")
+def test_model_that_cannot_fuse_refuses_to_and_names_the_one_that_can(services):
+    error = error_of(ask(services, [*SHOTS, QUERY], model=BASE.id, demonstrations="fused"), 400)
+    assert error["param"] == "model"
+    assert "'nano@aim' does" in error["message"]
+    asked(services, [QUERY], model=BASE.id, demonstrations="fused")
 
 
-def test_stream_that_cannot_begin_is_an_error_with_its_status():
-    refusing = FakeGenerator(error=DataError("the prompt is too long"), pieces=())
-    error = error_of(ask(stream=True, generator=refusing), 400)
-    assert error["message"] == "the prompt is too long"
+def test_pack_is_named_to_the_generator_and_its_tokens_are_not_read_here(services):
+    name = pack(services, "bako", "mute")
+    question = asked(services, [QUERY], demo_pack=name)
+    entry = services.bank.describe("public", name)
+    assert question.fusion.fused == PackReference("public", name)
+    assert (question.fusion.name, question.fusion.known) == (entry.digest, 2)
+    assert (question.fusion.tokens_full, question.fusion.tokens_fused) == ((19, 19), (3, 3))
+    assert [call_[0] for call_ in services.compressor.asked] == ["register"]
 
 
-def test_stream_that_breaks_off_says_so_and_is_not_done():
-    *_, last = events(ask(stream=True, generator=FakeGenerator(error=RuntimeError("secret"))))
-    assert last["error"]["type"] == "server_error"
-    assert "secret" not in last["error"]["message"]
+def test_pack_with_select_is_chosen_from_by_the_pictures_of_the_last_message(services):
+    name = pack(services, "bako", "mute", "lofa")
+    question = asked(services, [QUERY], demo_pack={"id": name, "select": 2})
+    assert services.compressor.asked[-1] == (
+        "select",
+        "nano@aim",
+        PackReference("public", name),
+        (png(3),),
+        2,
+    )
+    assert len(question.fusion.tokens_fused) == 2
 
 
 @pytest.mark.parametrize(
-    ("url", "remedy"),
+    ("messages", "use", "reason"),
     [
-        ("https://example.org/cat.png", "this server fetches nothing, send the picture itself as data:image"),
-        ("http://169.254.169.254/latest/meta-data", "this server fetches nothing"),
-        ("file:///etc/passwd", "this server fetches nothing"),
-        ("/etc/passwd", "this server fetches nothing"),
-        ("data:text/html;base64,PGI+", "send the picture itself as data:image"),
-        ("data:image/png,raw", "send the picture itself as data:image/png;base64"),
-        ("data:image/png;base64,not base64!", "is not base64"),
-        ("data:image/png;base64,abc", "is not base64"),
-        ("data:image/png;base64," + "A" * 1400, "1050 bytes, 1024 are allowed"),
-        ("data:image/png;base64," + "A" * 100_000, "75000 bytes, 1024 are allowed"),
+        ([user("This is")], {"select": 1}, "send one, or leave select out"),
+        ([QUERY], {"select": 3}, "holds 2 demonstrations"),
     ],
 )
-def test_picture_that_is_no_small_data_uri_is_refused_with_its_place_and_a_remedy(url, remedy):
-    error = error_of(ask([user("This is", url)]), 400)
-    assert error["type"] == "invalid_request_error"
-    assert error["param"] == "messages.0.content.1.image_url.url"
-    assert remedy in error["message"]
-
-
-@pytest.mark.parametrize(
-    ("size", "status"), [(1022, 200), (1023, 200), (1024, 200), (1025, 400), (1026, 400), (1027, 400)]
-)
-def test_picture_is_taken_up_to_the_size_limit_and_not_a_byte_over(size, status):
-    data = base64.b64encode(b"x" * size).decode()
-    response = ask([user("This is", f"DATA:image/PNG;base64,{data}")])
-    assert response.status_code == status
-    assert status == 200 or f"{size} bytes, 1024 are allowed" in response.text
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"temperature": 0.7}, "temperature"),
-        ({"top_p": 0.9}, "top_p"),
-        ({"n": 2}, "n"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"tools": []}, "tools"),
-        ({"stop": ["."]}, "stop"),
-        ({"logprobs": True}, "logprobs"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": "5"}, "max_tokens"),
-        ({"max_tokens": 5, "max_completion_tokens": 5}, None),
-        ({"stream_options": {"include_usage": True}}, None),
-        ({"stream": "yes"}, "stream"),
-        ({"demo_pack": 7}, "demo_pack"),
-        ({"messages": []}, "messages"),
-        ({"messages": "This is"}, "messages"),
-    ],
-)
-def test_field_that_cannot_be_honoured_is_refused_by_name(fields, param):
-    error = error_of(ask(**fields), 400)
-    assert error["param"] == param
-    assert all(name in error["message"] for name in (fields if param is None else [param]))
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"temperature": 0},
-        {"temperature": 0.0, "top_p": 1.0, "n": 1, "presence_penalty": 0, "frequency_penalty": 0},
-        {"temperature": None, "max_tokens": None, "stream": False, "seed": 3, "user": "somebody"},
-    ],
-)
-def test_fields_that_greedy_decoding_honours_are_taken(fields):
-    assert ask(**fields).status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("messages", "param", "reason"),
-    [
-        ([{"role": "system", "content": "Be brief."}], "messages.0.role", "into the text of a user message"),
-        ([assistant("bako")], "messages.0.role", "'user' belongs"),
-        ([user("a"), user("b")], "messages.1.role", "'assistant' belongs"),
-        ([user("a"), assistant("bako")], "messages", "end with a user message"),
-        ([user("a", URI, "cat.png")], "messages.0.content.2.image_url.url", "this server fetches nothing"),
-        ([user("a", *[URI] * 4)], "messages", "4 pictures, 3 are allowed"),
-        (
-            [user("a"), user("", URI) | {"role": "assistant"}],
-            "messages.1.content.1.image_url.url",
-            "assistant",
-        ),
-        ([user("")], "messages.0.content", "says nothing"),
-        ([{"role": "user", "content": []}], "messages.0.content", "at least 1 item"),
-        ([{"role": "user", "content": None}], "messages.0.content", "array"),
-        ([{"role": "user", "content": [{"type": "input_audio"}]}], "messages.0.content.0.type", "image_url"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "messages.0.content.0", "'text'"),
-        ([{"role": "user", "content": "a", "name": "b"}], "messages.0.name", "leave it out"),
-        ([user("a", URI), assistant("b")] * 3 + [user("a", URI)], "messages", "4 pictures, 3 are allowed"),
-    ],
-)
-def test_conversation_that_is_none_is_refused_with_its_place(messages, param, reason):
-    error = error_of(ask(messages), 400)
-    assert error["param"] == param
+def test_selection_that_cannot_be_made_is_refused(services, messages, use, reason):
+    error = error_of(ask(services, messages, demo_pack={"id": pack(services, "bako", "mute")} | use), 400)
+    assert error["param"] == "demo_pack.select"
     assert reason in error["message"]
 
 
-@pytest.mark.parametrize(
-    ("error", "status", "code"),
-    [
-        (DataError("the bytes are not a readable picture"), 400, "invalid_value"),
-        (BankError("damaged"), 409, "demo_pack_unusable"),
-    ],
-)
-def test_error_of_a_replica_is_told_with_its_status(error, status, code):
-    told = error_of(ask(generator=FakeGenerator(error=error)), status)
-    assert (told["message"], told["code"], told["type"]) == (str(error), code, "invalid_request_error")
+def test_turns_beside_a_pack_are_written_out_and_never_fused(services):
+    name = pack(services, "bako")
+    question = asked(services, [*SHOTS, QUERY], demo_pack=name)
+    assert len(question.turns) == 3
+    assert question.fusion.fused == PackReference("public", name)
+    error = error_of(ask(services, [*SHOTS, QUERY], demo_pack=name, demonstrations="fused"), 400)
+    assert error["param"] == "demonstrations"
 
 
-def test_unexpected_error_is_told_as_the_fault_of_the_server_and_keeps_its_secrets():
-    error = error_of(ask(generator=FakeGenerator(error=RuntimeError("secret path"))), 500)
-    assert (error["type"], error["code"]) == ("server_error", "internal_error")
-    assert "secret" not in error["message"]
+def test_pack_of_another_model_is_refused_with_the_name_of_the_one_that_made_it(services):
+    name = pack(services, "bako")
+    error = error_of(ask(services, [QUERY], model=BASE.id, demo_pack=name), 400)
+    assert (error["param"], "'nano@aim'" in error["message"]) == ("model", True)
+    other = replace(AIM, id="nano@other", maker={**AIM.maker, "adapter": "c" * 64})
+    services.generator.served = (BASE, AIM, other)
+    response = ask(services, [QUERY], model=other.id, demo_pack=name)
+    assert "name 'nano@aim' as the model" in error_of(response, 409)["message"]
+    assert response.headers["x-should-retry"] == "false"
+    services.generator.served = (BASE, replace(other, id=AIM.id))
+    error = error_of(ask(services, [QUERY], demo_pack=name), 409)
+    assert error["code"] == "demo_pack_unusable"
+    assert "register its demonstrations again" in error["message"]
 
 
-@pytest.mark.parametrize(("pack", "status"), [("pack-unknown", 404), ("pack-foreign", 409)])
-def test_pack_that_cannot_be_used_is_refused_in_chat_and_by_itself(pack, status):
-    assert error_of(ask(demo_pack=pack), status) == error_of(call("GET", f"/v1/demo_packs/{pack}"), status)
-
-
-def test_model_that_is_not_served_is_not_found_and_the_served_one_named():
-    error = error_of(ask(model="gpt-4o"), 404)
-    assert (error["code"], error["param"]) == ("model_not_found", "model")
-    assert "'gpt-4o'" in error["message"]
-    assert "'nano'" in error["message"]
-
-
-def test_models_lists_the_served_model_alone():
-    (model,) = call("GET", "/v1/models").json()["data"]
-    assert model == call("GET", "/v1/models/nano").json()
-    assert (model["id"], model["object"]) == ("nano", "model")
-    assert error_of(call("GET", "/v1/models/org/other"), 404)["code"] == "model_not_found"
-
-
-def register(demonstrations, **boundary) -> httpx.Response:
-    return call("POST", "/v1/demo_packs", json={"demonstrations": demonstrations}, **boundary)
-
-
-@pytest.mark.parametrize(
-    "picture",
-    [
-        {"image_url": {"url": URI}},
-        {"image_url": URI},
-        {"image": base64.b64encode(PICTURE).decode()},
-    ],
-)
-def test_pack_is_registered_from_any_form_of_picture(picture):
-    compressor = FakeCompressor()
-    reply = register([picture | {"question": "This is", "answer": "bako"}] * 2, compressor=compressor)
-    assert reply.json() == {
-        "id": ENTRY.id,
-        "object": "demo_pack",
-        "demonstrations": 2,
-        "tokens_full": 61,
-        "tokens_fused": 11,
-    }
-    assert reply.json() == call("GET", f"/v1/demo_packs/{ENTRY.id}").json()
-    first, second = compressor.demonstrations
-    assert first == second
-    assert (first.images, first.question, first.answer) == ((PICTURE,), "This is", "bako")
-
-
-@pytest.mark.parametrize(
-    ("demonstrations", "param"),
-    [
-        ([], "demonstrations"),
-        ([{"question": "This is", "answer": "bako"}], "demonstrations.0"),
-        ([{"image": "aa==", "image_url": URI, "question": "a", "answer": "b"}], "demonstrations.0"),
-        ([{"image_url": URI, "question": "This is"}], "demonstrations.0.answer"),
-        ([{"image_url": URI, "question": "This is", "answer": ""}], "demonstrations.0.answer"),
-        (
-            [{"image_url": "https://x.org/a.png", "question": "a", "answer": "b"}],
-            "demonstrations.0.image_url.url",
-        ),
-        ([{"image": "?", "question": "a", "answer": "b"}], "demonstrations.0.image"),
-        ([{"image_url": URI, "question": "a", "answer": "b"}] * 4, "demonstrations"),
-    ],
-)
-def test_pack_with_a_wrong_demonstration_is_refused_with_its_place(demonstrations, param):
-    compressor = FakeCompressor()
-    assert error_of(register(demonstrations, compressor=compressor), 400)["param"] == param
-    assert compressor.demonstrations is None
-
-
-def test_body_over_the_limit_is_refused_before_it_is_read_to_its_end():
-    sent = 0
-
-    async def endless():
-        nonlocal sent
-        while True:
-            sent += 2**20
-            yield b" " * 2**20
-
-    error = error_of(call("POST", "/v1/chat/completions", content=endless()), 413)
-    assert error["code"] == "request_too_large"
-    assert sent < 2**24
-
-
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe"])
-def test_body_that_is_no_json_object_is_refused(body):
+def test_pack_that_is_not_there_is_not_found(services):
     assert (
-        error_of(call("POST", "/v1/chat/completions", content=body), 400)["type"] == "invalid_request_error"
+        error_of(ask(services, [QUERY], demo_pack="pack-" + "0" * 32), 404)["code"] == "demo_pack_not_found"
     )
+    assert error_of(ask(services, [QUERY], demo_pack="../../etc"), 404)["code"] == "demo_pack_not_found"
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405)]
-)
-def test_address_that_is_not_there_is_an_error_in_openai_shape(method, path, status):
-    assert path in error_of(call(method, path), status)["message"]
+def test_prefix_names_all_that_stands_before_the_last_turn(services):
+    written = {"demonstrations": "full"}
+    system = {"role": "system", "content": "Be brief."}
+    names = [
+        asked(services, [*SHOTS, QUERY], **written).prefix,
+        asked(services, [*SHOTS[:2], QUERY], **written).prefix,
+        asked(services, [system, *SHOTS, QUERY], **written).prefix,
+        asked(services, [system, QUERY]).prefix,
+    ]
+    assert len(set(names)) == 4 and None not in names
+    assert asked(services, [*SHOTS, user("Another")], **written).prefix == names[0]
+    assert asked(services, [QUERY]).prefix is None
+    assert asked(services, [system, QUERY]).system == "Be brief."
 
 
-def test_health_is_answered():
-    assert call("GET", "/healthz").json() == {"status": "ok"}
+def test_sampling_is_as_the_request_says(services):
+    fields = {"temperature": 0.7, "top_p": 0.9, "n": 2, "stop": "\n", "seed": 5, "max_tokens": 3}
+    question = asked(services, logprobs=True, top_logprobs=4, **fields)
+    assert question.samplings == tuple(Sampling(3, 0.7, 0.9, seed, ("\n",), 4) for seed in (5, 6))
 
 
-def test_taking_a_request_apart_leaves_the_event_loop_free(monkeypatch):
+def test_sampling_without_a_word_takes_the_likeliest_token_and_a_seed_of_its_own(services):
+    first, second = (asked(services).samplings[0] for _ in range(2))
+    assert replace(first, seed=0) == Sampling(17)
+    assert first.seed != second.seed
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**63 - 1])
+def test_every_seed_of_64_bits_is_taken(services, seed):
+    samplings = asked(services, seed=seed, n=2).samplings
+    assert all(0 <= one.seed < 2**63 for one in samplings)
+    assert asked(services, seed=seed, n=2).samplings == samplings
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_limit_of_the_request_replaces_the_default(services, field):
+    assert asked(services, **{field: 5}).samplings[0].max_new_tokens == 5
+
+
+def test_several_answers_come_as_choices_with_their_own_logprobs(services):
+    reply = ask(services, n=2, logprobs=True, top_logprobs=1).json()
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1]
+    assert reply["usage"]["completion_tokens"] == 4
+    first, second = (choice["logprobs"]["content"] for choice in reply["choices"])
+    told = {"token": "bako", "logprob": -0.5, "bytes": list(b"bako")}
+    assert first == second
+    assert first[0] == told | {"top_logprobs": [told]}
+    assert "".join(token["token"] for token in first) == "bako mute"
+
+
+class Impossible(FakeGenerator):
+    """Tells a half character, and something that never happens."""
+
+    def _piece(self, question, index, text):
+        half = TokenLogprob("\ufffd", -0.25, (("x", float("-inf")),))
+        return Piece(index, text, (half,) if question.samplings[index].top_logprobs is not None else ())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_likelihoods_that_json_cannot_say_are_told_as_openai_tells_them(tmp_path, stream):
+    services = make_services(tmp_path, generator=Impossible())
+    response = ask(services, logprobs=True, top_logprobs=1, stream=stream)
+    choice = events_of(response)[1]["choices"][0] if stream else response.json()["choices"][0]
+    token = choice["logprobs"]["content"][0]
+    assert (token["bytes"], token["top_logprobs"][0]["logprob"]) == (None, -9999.0)
+
+
+def test_answer_can_be_sent_back_as_it_came(services):
+    message = ask(services, [QUERY]).json()["choices"][0]["message"]
+    assert asked(services, [QUERY, message, user("Why?")], model=BASE.id).turns[0].answer == "bako mute"
+
+
+def test_pictures_at_addresses_are_loaded_through_the_guard(services):
+    class Media:
+        async def load(self, url, where):
+            return png(9)
+
+    guarded = replace(services, media=Media())
+    question = asked(guarded, [user("This is", "https://pictures.example/cat.png")])
+    assert question.pictures == {"0.1": png(9)}
+    refused = error_of(ask(services, [user("This is", "https://pictures.example/cat.png")]), 400)
+    assert refused["param"] == "messages.0.content.1.image_url.url"
+
+
+def test_metrics_count_tokens_and_what_the_bank_had(services):
+    name = pack(services, "bako", "mute")
+    ask(services, [QUERY], demo_pack=name)
+    ask(services, [*SHOTS, QUERY], stream=True)
+    page = call(services, "GET", "/metrics").text
+    assert 'mmicl_bank_demonstrations_total{result="hit"} 2.0' in page
+    assert 'mmicl_bank_demonstrations_total{result="miss"} 2.0' in page
+    assert 'mmicl_tokens_total{kind="completion",model="nano@aim"} 4.0' in page
+
+
+def test_taking_a_request_apart_leaves_the_event_loop_free(services, monkeypatch):
     threads = []
-    read = openai_api.read_conversation
+    read = chat.read_conversation
 
     def note(*arguments):
         threads.append(threading.current_thread())
         return read(*arguments)
 
-    monkeypatch.setattr(openai_api, "read_conversation", note)
-    assert ask().status_code == 200
-    assert threads != [threading.main_thread()]
+    monkeypatch.setattr(chat, "read_conversation", note)
+    asked(services)
+    assert threads != [] and threading.main_thread() not in threads
+
+
+def test_models_are_listed_and_described_with_what_is_our_own(services):
+    listed = call(services, "GET", "/v1/models").json()
+    assert [model["id"] for model in listed["data"]] == ["nano", "nano@aim"]
+    described = call(services, "GET", "/v1/models/nano@aim").json()
+    assert described == listed["data"][1]
+    assert (described["object"], described["method"], described["fuses"]) == ("model", "aim", True)
+    assert described["context_length"] == 4096
+    error = error_of(call(services, "GET", "/v1/models/org/other"), 404)
+    assert (error["code"], "'org/other'" in error["message"]) == ("model_not_found", True)
