@@ -5,13 +5,22 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mmicl_core.bank import Bank, FullBankError, Known, OtherMakerError, UnknownPackError, pack_id
+from mmicl_core.bank import (
+    Bank,
+    Demonstration,
+    FullBankError,
+    Known,
+    OtherMakerError,
+    UnknownPackError,
+    pack_id,
+)
 from mmicl_core.errors import BankError
 from tests.banks import CAT, CUP, MAKER, PAIR, TENANT, files_below, known, numbers, pack_file, put
 
@@ -96,6 +105,13 @@ def test_pack_id_differs_for_another_number_or_order_of_pictures(other):
     assert pack_id(MAKER, [other, CAT]) != pack_id(MAKER, [PAIR, CAT])
 
 
+def test_pack_id_tells_two_demonstrations_from_one_that_holds_the_words_as_pictures():
+    one = Demonstration((b"a", b"b", b"c"), "d", "e")
+    assert pack_id(MAKER, [one]) != pack_id(
+        MAKER, [Demonstration((b"a",), "b", "c"), Demonstration((), "d", "e")]
+    )
+
+
 @pytest.mark.parametrize("key", MAKER)
 def test_pack_of_another_maker_is_refused_by_name_and_by_content(tmp_path, key):
     bank, other = Bank(tmp_path, memory_bytes=2**20), MAKER | {key: "else"}
@@ -177,6 +193,37 @@ def test_description_follows_a_file_that_was_replaced(tmp_path):
     np.testing.assert_array_equal(bank.load(TENANT, stored.id).fused[0], known(6, 7).fused)
 
 
+def test_file_that_replaced_another_within_a_tick_of_the_clock_is_described(tmp_path):
+    bank, other = Bank(tmp_path), Bank(tmp_path / "other")
+    stored = put(bank)
+    replaced = other.put_pack(TENANT, "nano@new", MAKER, [CAT, CUP], [known(6, 7), known(4, 8)])
+    path, tick = pack_file(tmp_path / "packs", stored.id), time.time_ns() + 10**9
+    os.utime(path, ns=(tick, tick))
+    assert bank.describe(TENANT, stored.id) == stored
+    path.write_bytes(pack_file(tmp_path / "other", stored.id).read_bytes())
+    os.utime(path, ns=(tick, tick))
+    assert bank.describe(TENANT, stored.id).digest == replaced.digest != stored.digest
+
+
+def test_pack_that_was_made_anew_is_loaded_as_it_is_now(tmp_path):
+    bank = Bank(tmp_path, memory_bytes=2**20)
+    stored = put(bank, CAT)
+    bank.load(TENANT, stored.id)
+    bank.delete(TENANT, stored.id)
+    anew = bank.put_pack(TENANT, "nano@new", MAKER, [CAT], [known()])
+    assert anew.digest == stored.digest and bank.load(TENANT, stored.id).entry.model == "nano@new"
+
+
+def test_file_that_stays_is_read_once_to_describe_it(tmp_path, monkeypatch):
+    stored = put(Bank(tmp_path))
+    os.utime(pack_file(tmp_path, stored.id), (1, 1))
+    opened, bank, path_open = [], Bank(tmp_path), Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *mode: opened.append(path.stem) or path_open(path, *mode))
+    for _ in range(3):
+        assert bank.describe(TENANT, stored.id) == stored and bank.packs(TENANT) == [stored]
+    assert opened == [stored.id]
+
+
 def test_packs_are_listed_newest_first_over_a_restart(tmp_path, monkeypatch):
     created = []
     for second, demonstrations in enumerate([[CAT], [CUP], [PAIR]]):
@@ -215,6 +262,9 @@ def test_damaged_pack_is_refused_and_mended_by_storing_it_again(tmp_path, damage
     for method in (bank.load, bank.export):
         with pytest.raises(BankError, match=r"damaged .*: register its demonstrations again"):
             method(TENANT, stored.id)
+    with pytest.raises(BankError, match="damaged") if len(damage(b"0" * 99)) != 99 else nullcontext():
+        # The header alone tells when a file is too short or too long.
+        bank.describe(TENANT, stored.id)
     mended = put(bank)
     assert bank.load(TENANT, stored.id).entry == mended and mended.digest == stored.digest
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mmicl_core.bank import Bank, Demonstration, Known
+from mmicl_core.bank.entries import demonstration_key
 from mmicl_core.bank.memory import Recent
 from tests.banks import CAT, CUP, MAKER, PAIR, TENANT, files_below, known, numbers
 
@@ -126,6 +127,17 @@ def test_files_not_used_for_longest_go_first(tmp_path):
     keep(bank, 8, 9)
     left = held(bank, 10)
     assert {0, 8, 9} <= set(left) and 1 not in left
+
+
+def test_files_go_in_the_order_of_their_last_use(tmp_path):
+    bank = Bank(tmp_path / "bank", disk_bytes=16 * file_bytes(tmp_path))
+    keep(bank, *range(16))
+    order = [number * 5 % 16 for number in range(16)]
+    for second, number in enumerate(order):
+        (path,) = tmp_path.rglob(f"bank/**/{demonstration_key(TENANT, MAKER, numbered(number))}.*")
+        os.utime(path, (second, second))
+    keep(bank, 16, 17)
+    assert held(bank, 18) == sorted({*range(18)} - set(order[:3]))
 
 
 def test_use_in_memory_keeps_the_file_too(tmp_path):
