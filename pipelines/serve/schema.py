@@ -79,11 +79,11 @@ def _text_only(value: object) -> object:
     return value
 
 
-def _as_object(field: str, kind: Any) -> BeforeValidator:
+def _as_object(field: str, plain: Any, kind: Any) -> BeforeValidator:
     def wrap(value: object) -> object:
         return {field: value} if isinstance(value, str) else value
 
-    return BeforeValidator(wrap, json_schema_input_type=str | kind)
+    return BeforeValidator(wrap, json_schema_input_type=plain | kind)
 
 
 def _as_parts(value: object) -> object:
@@ -94,17 +94,21 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+# Told and not checked here: where it is read, the reason for a refusal is clearer.
+Url = Annotated[str, Field(json_schema_extra={"pattern": "^([Dd][Aa][Tt][Aa]:|[Hh][Tt][Tt][Pp][Ss]?://)"})]
+
+
 class ImageUrl(Body):
     """A picture."""
 
-    url: str
+    url: Url
     """`data:image/TYPE;base64,DATA` of a PNG, JPEG, WebP, GIF or BMP, or an http(s) address on a host that
     this server may load pictures from."""
     detail: Literal["auto", "low", "high"] | None = None
     """Read and ignored: the model sees every picture at one resolution."""
 
 
-Picture = Annotated[ImageUrl, _as_object("url", ImageUrl)]
+Picture = Annotated[ImageUrl, _as_object("url", Url, ImageUrl)]
 """An `ImageUrl`, or its `url` alone."""
 
 
@@ -183,8 +187,32 @@ Stops = Annotated[list[StopText], Field(max_length=MOST_STOPS)]
 Penalty = Annotated[float | None, AfterValidator(_zero), Field(json_schema_extra={"enum": [0, None]})]
 
 
+def _needs(field: str, kind: str, flag: str) -> dict[str, Any]:
+    """In a schema: a field that is there needs another one to be true."""
+    return {
+        "if": {"required": [field], "properties": {field: {"type": kind}}},
+        "then": {"required": [flag], "properties": {flag: {"const": True}}},
+    }
+
+
+LIMITS_OF_TOKENS = ("max_tokens", "max_completion_tokens")
+
+
 class ChatRequest(Body):
     """`POST /v1/chat/completions`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "not": {
+                "required": list(LIMITS_OF_TOKENS),
+                "properties": {name: {"type": "integer"} for name in LIMITS_OF_TOKENS},
+            },
+            "allOf": [
+                _needs("stream_options", "object", "stream"),
+                _needs("top_logprobs", "integer", "logprobs"),
+            ],
+        }
+    )
 
     model: str
     """The base model, or `BASE@ADAPTER`, as `GET /v1/models` lists them."""
@@ -193,7 +221,7 @@ class ChatRequest(Body):
     """What becomes of turns before the last question: `full` writes them out, `fused` fuses them all, `auto`
     fuses those with pictures that come first, where the model can. The server's settings say what is done
     without it."""
-    demo_pack: Annotated[PackUse | None, _as_object("id", PackUse | None)] = None
+    demo_pack: Annotated[PackUse | None, _as_object("id", str, PackUse | None)] = None
     """A pack of `POST /v1/demo_packs`, put before the conversation; a string is its id."""
     timeout_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Until the request ends with 504, where that is sooner than the server's own limit."""

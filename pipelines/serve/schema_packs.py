@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from pipelines.serve.schema import Body, Picture
 
@@ -30,6 +30,15 @@ MOST_DEMONSTRATIONS = 4096
 
 class PackDemonstration(Body):
     """Pictures, a question about them and the answer. The pictures come in one of three fields."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [field], "properties": {field: {"not": {"type": "null"}}}}
+                for field in ("image_url", "image", "images")
+            ]
+        }
+    )
 
     image_url: Picture | None = None
     image: str | None = None
@@ -127,7 +136,7 @@ def _as_inputs(value: object) -> object:
     return [{"image_url": one} if isinstance(one, str) else one for one in inputs]
 
 
-OneInput = str | PictureInput
+OneInput = Annotated[str, Field(pattern="^[Dd][Aa][Tt][Aa]:")] | PictureInput
 
 
 class EmbeddingRequest(Body):
