@@ -22,7 +22,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmicl_core.errors import MmiclError
@@ -49,6 +48,7 @@ UNLIMITED = frozenset({"/metrics"})
 API = "/v1/"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HEADERS_READ = frozenset({b"authorization", b"content-length", b"x-request-id"})
+MOST_DIGITS = 18
 IDLE_SECONDS = 10.0
 """Without a byte of a body that is not complete."""
 TOKENS = ("ttft_ms", "prompt_tokens", "completion_tokens", "cached_tokens")
@@ -86,8 +86,6 @@ class Gate:
         self._services.metrics.request_started()
         try:
             await self._pass_on(exchange)
-        except ClientDisconnect:
-            exchange.gone = True
         except Exception as error:
             await exchange.fail(error)
         finally:
@@ -183,17 +181,17 @@ class _Exchange:
 
     def refuse_declared_size(self) -> None:
         declared = self.headers.get(b"content-length", "")
-        if declared.isdecimal() and int(declared) > self.most_bytes:
+        if declared.isdecimal() and (len(declared) > MOST_DIGITS or int(declared) > self.most_bytes):
             raise self._too_large()
 
     async def fail(self, error: Exception) -> None:
         """Answer with an error, while that is possible."""
-        if self._started:
-            # Only an answer that breaks off still says that it is none.
-            raise error
         if self.gone:
             log.info("a request failed after its client had gone: %r", error)
             return
+        if self._started:
+            # Only an answer that breaks off still says that it is none.
+            raise error
         self.limited = isinstance(error, RateLimitError)
         answer = JSONResponse(error_body(error), status_of(error)[0], error_headers(error))
         await answer(self.scope, self.receive, self.send)

@@ -121,7 +121,7 @@ def test_replicas_that_are_gone_are_told_no_more():
     }
 
 
-def test_models_that_nobody_serves_make_no_time_series():
+def test_models_and_methods_that_there_are_not_make_no_time_series():
     metrics = Metrics()
     for number in range(100):
         metrics.request_started()
@@ -130,9 +130,12 @@ def test_models_that_nobody_serves_make_no_time_series():
     metrics.request_finished("POST", "/v1/chat/completions", 200, 0.1, "nano")
     metrics.request_started()
     metrics.request_finished("POST", "/v1/chat/completions", 400, 0.1, "nano")
+    metrics.request_started()
+    metrics.request_finished("MADEUP", "unknown", 404, 0.1)
     counted = {name: value for name, value in samples(metrics).items() if "requests_total" in name}
     start = 'mmicl_requests_total{method="POST",model='
     assert counted == {
+        'mmicl_requests_total{method="other",model="",route="unknown",status="404"}': 1,
         f'{start}"",route="/v1/chat/completions",status="404"}}': 100,
         f'{start}"nano",route="/v1/chat/completions",status="200"}}': 1,
         f'{start}"nano",route="/v1/chat/completions",status="400"}}': 1,
