@@ -23,7 +23,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from mmicl_core.bank.entries import DamagedPackError, Fused, Pack, PackEntry, digest_arrays
+from mmicl_core.bank.entries import (
+    VECTOR_WIDTH,
+    WIDTH,
+    DamagedPackError,
+    Fused,
+    Pack,
+    PackEntry,
+    digest_arrays,
+)
 
 __all__ = ["decode", "encode", "read_entry"]
 
@@ -171,6 +179,10 @@ def _check_places(places: dict[str, ArrayPlace], about: About, nbytes: int) -> N
     rows = names | ({VECTORS: len(names)} if VECTORS in places else {})
     if len(widths) != 1 or any(places[name].shape[0] != count for name, count in rows.items()):
         raise ValueError(f"arrays of shapes {[places[name].shape for name in list(rows)[:SHOWN]]}")
+    for name, key in (("0", WIDTH), (VECTORS, VECTOR_WIDTH)):
+        width = str(places[name].shape[1]) if name in places else None
+        if width is not None and about.maker.get(key, width) != width:
+            raise ValueError(f"arrays of {key} {width}, and its maker's are of {about.maker[key][:20]}")
     if sum(4 * math.prod(place.shape) for place in places.values()) != nbytes:
         raise ValueError(f"{nbytes} bytes of arrays, which is not what their shapes take")
 

@@ -3,7 +3,8 @@
     pack id              digest of the maker and, in order, every picture's bytes and words
     demonstration key    the same of one demonstration, with its tenant
 
-A maker is what decides fused tokens: format, backbone, template, adapter.
+A maker is what decides fused tokens: format, backbone, template, adapter. Where it tells their `width` and
+the `vector_width`, a file with arrays of another is refused: a forged one would only fail in the model.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ __all__ = [
     "OtherMakerError",
     "Pack",
     "PackEntry",
+    "VECTOR_WIDTH",
+    "WIDTH",
     "UnknownPackError",
     "check_id",
     "check_maker",
@@ -43,6 +46,7 @@ Fused: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 Maker: TypeAlias = Mapping[str, str]
 
 ID_PATTERN = re.compile(r"pack-[0-9a-f]{32}")
+WIDTH, VECTOR_WIDTH = "width", "vector_width"
 SHOWN = 60
 
 

@@ -189,6 +189,15 @@ def twice(data: bytes) -> bytes:
     return with_header(data, header[:-1] + b", " + other[1:])
 
 
+@pytest.mark.parametrize("key", ["width", "vector_width"])
+@pytest.mark.parametrize("width", ["9", "-8", "", "8.0", "8" * 1000])
+def test_arrays_of_a_width_that_is_not_their_makers_are_refused(bank, exported, key, width):
+    right = MAKER | {"width": "8", "vector_width": "3"}
+    assert bank.take_in("bob", forged(exported, maker=right), [MAKER, right])
+    with pytest.raises(BankError, match=rf"arrays of {key} ., and its maker's are of"):
+        bank.take_in("eve", forged(exported, maker=right | {key: width}), [right | {key: width}])
+
+
 HEADERS = {
     "nothing": lambda data: b"",
     "short": lambda data: data[:5],
