@@ -16,7 +16,7 @@ export const key = () => sessionStorage.getItem(KEY)
 export const keepKey = value => sessionStorage.setItem(KEY, value)
 export const forgetKey = () => sessionStorage.removeItem(KEY)
 
-/** `ask(why)` gives a promise of whether there is another key to try. */
+/** `ask(refused)` gives a promise of whether there is another key to try; `refused` is whether one was. */
 export function onKeyWanted(ask) {
   askForKey = ask
 }
@@ -30,8 +30,7 @@ export async function call(path, {method = 'GET', body, type, signal} = {}) {
     const error = await explain(response)
     if (error.status !== 401) throw error
     if (key() !== used) continue
-    asking ??= askForKey(used ? `The server refuses this key. ${error.message}` : error.message)
-      .finally(() => { asking = null })
+    asking ??= askForKey(Boolean(used)).finally(() => { asking = null })
     if (!(await asking)) throw error
   }
 }

@@ -65,7 +65,8 @@ function addOne(picture, name) {
   // `list` is a property that cannot be written.
   one.name.setAttribute('list', 'names')
   one.image = make('img', {src: picture.url, title: picture.title})
-  one.item = make('li', {}, one.image, make('div', {className: 'words'}, one.name, one.question), one.remove)
+  const frame = make('div', {className: 'frame'}, one.image)
+  one.item = make('li', {}, frame, make('div', {className: 'words'}, one.name, one.question), one.remove)
   shown.push(one)
   find('demonstrations').append(one.item)
   return one

@@ -75,9 +75,10 @@ async function fusingModel() {
 
 // The key.
 
-function askForKey(why) {
+function askForKey(refused) {
   const [form, field, before] = [find('key'), find('key-field'), document.activeElement]
-  find('key-why').textContent = why
+  find('key-why').textContent = (refused ? 'The server refuses this key: enter another one.'
+    : 'This server answers only who has a key.') + ' It stays in this tab.'
   form.hidden = false
   field.value = ''
   field.focus()
