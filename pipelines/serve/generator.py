@@ -1,96 +1,254 @@
-"""Deployment: a conversation, with fused demonstrations before it -> text, greedily."""
+"""Deployment: questions -> text, many at once, by the project's own engine.
+
+    question --prepared--> job --> engine's thread of its backbone --> events, as they happen
+
+Adapters are exchanged while it answers: an answer ends with the model that it began with, and what only an
+exchanged adapter needed goes with its last answer.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from mmicl_core.backbones.decoding import greedy_tokens
-from mmicl_core.backbones.language import Embedded
-from mmicl_core.backbones.vision import look_up
-from mmicl_core.data.collate import pack
-from mmicl_core.errors import DataError
-from pipelines.serve.contracts import Answer, Question
-from pipelines.serve.replica import Replica
+from mmicl_core.assets import resolve
+from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
+from mmicl_core.config.serve import ServeConfig
+from mmicl_core.methods.base import Method
+from mmicl_core.serving.jobs import Begun, Ended, Grown, Happening, Job, OutOfTimeError
+from mmicl_core.serving.transcript import TokenTexts, Told, Transcript
+from pipelines.serve.asking import Asked, Preparation, name_of_prefix, spell
+from pipelines.serve.contracts import Event, Finished, Piece, Question, ServedModel, Started
+from pipelines.serve.engine_thread import EngineThread, Mail
+from pipelines.serve.errors import DeadlineError, OverloadedError
+from pipelines.serve.loaded import Loaded, LoadedModels
 
 __all__ = ["Generator"]
 
-# What a tokenizer gives for a character whose last bytes are in a token to come.
-HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
+class Generator:
+    """Answers questions. Adapters come with `reconfigure`.
 
-class Generator(Replica):
-    """Answers questions; several at once take turns token by token."""
+    Args:
+        backbone: folder of the model, loaded once for all adapters that do not change it.
+        config: of the server.
+    """
 
-    async def answer(self, question: Question) -> Answer:
-        """The whole answer.
+    def __init__(self, backbone: Path, config: ServeConfig) -> None:
+        self._config = config
+        self._models = LoadedModels(backbone, config.model_name)
+        self._preparation = Preparation(config)
+        self._shared = self._thread_for(self._models.backbone)
+        self._own = dict[str, EngineThread]()
+        self._exchange = asyncio.Lock()
+
+    def close(self) -> None:
+        """End the threads, when their last answers have ended."""
+        self._preparation.close()
+        for thread in self._threads():
+            thread.retire()
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Serve these adapters and no others; answers under way end with those that they began with.
+
+        Args:
+            user_config: {"adapters": {name: {"folder": ...}}}.
 
         Raises:
-            DataError: a picture is unreadable, a text holds control tokens, or the prompt is too long.
+            CheckpointError: one cannot be loaded; all stay as they were.
         """
-        parts = [part async for part in self.stream(question)]
-        whole = parts[-1]
-        assert isinstance(whole, Answer)
-        return whole
+        folders = {name: str(resolve(about["folder"])) for name, about in user_config["adapters"].items()}
+        async with self._exchange:
+            await asyncio.to_thread(self._models.reload, folders)
+            self._arrange()
 
-    async def stream(self, question: Question) -> AsyncIterator[str | Answer]:
-        """Text as it grows, and the whole answer last. Raises as `answer` does, before the first piece."""
-        parts = self._parts(question, arrived=time.perf_counter())
-        while (part := await self.in_thread(next, parts, None)) is not None:
-            yield part
+    async def check_health(self) -> None:
+        """Make sure that the threads work, and compute a little, which fails where a GPU has been lost.
 
-    def _parts(self, question: Question, arrived: float) -> Iterator[str | Answer]:
-        prompt = self._embedded(question)
-        ids: list[int] = []
-        shown = ""
-        ttft_ms = 0.0
-        for token in greedy_tokens(self.backbone, prompt, question.max_new_tokens):
-            if not ids:
-                ttft_ms = _milliseconds_since(arrived)
-            ids.append(token)
-            text = self.chat.decode(ids)
-            if len(text) > len(shown) and not text.endswith(HALF_A_CHARACTER):
-                yield text[len(shown) :]
-                shown = text
-        text = self.chat.decode(ids)
-        if len(text) > len(shown):
-            yield text[len(shown) :]
-        yield Answer(
-            text=text,
-            finish_reason="length" if len(ids) == question.max_new_tokens else "stop",
-            prompt_tokens=prompt.mask_BL.shape[1],
-            completion_tokens=len(ids),
-            # An answer that ends at once has the end token as its first.
-            ttft_ms=ttft_ms or _milliseconds_since(arrived),
+        Raises:
+            RuntimeError: one has died.
+        """
+        for thread in self._threads():
+            thread.check_health()
+        if (device := self._models.backbone.device).type != "cpu":
+            await asyncio.to_thread(lambda: float(torch.ones(1, device=device).sum()))
+
+    async def models(self) -> tuple[ServedModel, ...]:
+        """All that it serves, the base model first."""
+        return tuple(loaded.served for loaded in self._models.all())
+
+    async def answer(self, question: Question) -> tuple[Event, ...]:
+        """All events at once.
+
+        Raises:
+            DataError: what was asked cannot be answered.
+            BankError: its pack is gone, damaged, or of another model.
+            DeadlineError: it came too late.
+            OverloadedError: too many questions wait.
+        """
+        async with aclosing(self.stream(question)) as groups:
+            return tuple([event async for group in groups for event in group])
+
+    async def stream(self, question: Question) -> AsyncGenerator[tuple[Event, ...], None]:
+        """Events as they happen, in groups of those that happened together. Raises as `answer` does."""
+        arrived = time.monotonic()
+        deadline = asyncio.get_running_loop().time() + question.seconds
+        loaded = self._models.get(question.model)
+        thread = self._thread_of(loaded)
+        try:
+            async with asyncio.timeout_at(deadline):
+                asker = await self._ask(question, loaded, thread, arrived)
+        except TimeoutError as error:
+            raise _late(question) from error
+        if (waiting := thread.engine.waiting) >= self._config.generator.queued:
+            raise OverloadedError(f"{waiting} questions wait for this replica already: ask again later")
+        left = len(question.samplings)
+        thread.add(asker)
+        try:
+            while left:
+                mail = await self._next(asker, deadline)
+                left -= sum(isinstance(event, Finished) for event in mail)
+                yield mail
+        finally:
+            thread.forget(asker)
+
+    async def _ask(self, question: Question, loaded: Loaded, thread: EngineThread, arrived: float) -> _Asker:
+        # What comes fused needs nothing of the adapter any more, and is read by the plain model.
+        method = self._models.all()[0].method if loaded.served.fuses else loaded.method
+        name = name_of_prefix(question, loaded.identity)
+        known = thread.engine.prefixes.get(name) if name is not None and method.writes_turns_apart else None
+        asked = await self._preparation.prepare(question, loaded, method, known)
+        asker = _Asker(question, asked, method, arrived)
+        asker.job = Job(
+            method,
+            question.turns,
+            asked.pictures,
+            question.samplings,
+            asker.tell,
+            asked.fused,
+            question.system,
+            name,
+            known,
+            arrived + question.seconds,
+        )
+        return asker
+
+    async def _next(self, asker: _Asker, deadline: float) -> tuple[Event, ...]:
+        try:
+            async with asyncio.timeout_at(deadline):
+                mail = await asker.mail.get()
+        except TimeoutError as error:
+            raise _late(asker.question) from error
+        if isinstance(mail, OutOfTimeError):
+            raise _late(asker.question) from mail
+        if isinstance(mail, Exception):
+            raise mail
+        return mail
+
+    def _arrange(self) -> None:
+        """A thread for every backbone; those of backbones that are gone end."""
+        own = dict[str, EngineThread]()
+        for loaded in self._models.all():
+            backbone, model = loaded.method.backbone, loaded.served.id
+            if backbone is self._models.backbone:
+                continue
+            before = self._own.get(model)
+            kept = before is not None and before.backbone is backbone
+            own[model] = before if before is not None and kept else self._thread_for(backbone)
+        for model, thread in self._own.items():
+            if own.get(model) is not thread:
+                thread.retire()
+        self._own = own
+
+    def _thread_of(self, loaded: Loaded) -> EngineThread:
+        if loaded.method.backbone is self._models.backbone:
+            return self._shared
+        return self._own[loaded.served.id]
+
+    def _threads(self) -> tuple[EngineThread, ...]:
+        return (self._shared, *self._own.values())
+
+    def _thread_for(self, backbone: HuggingFaceBackbone) -> EngineThread:
+        return EngineThread(backbone, self._config.rows, self._config.prefix_bytes)
+
+
+class _Asker:
+    """One question on its way: turns what the engine tells into events, in the engine's thread."""
+
+    job: Job
+
+    def __init__(self, question: Question, asked: Asked, method: Method, arrived: float) -> None:
+        self.question, self.loop = question, asyncio.get_running_loop()
+        self.mail = asyncio.Queue[Mail]()
+        self._saved, self._arrived = asked.saved, arrived
+        self._tokenizer = tokenizer = method.backbone.tokenizer
+        self._answers = [Transcript(tokenizer, sampling.stop) for sampling in question.samplings]
+        self._ttft_ms = dict[int, float]()
+        self._events, self._error = list[Event](), list[Exception]()
+
+    @cached_property
+    def _texts(self) -> TokenTexts:
+        return TokenTexts(self._tokenizer)
+
+    def tell(self, happening: Happening) -> None:
+        """Something happened."""
+        if isinstance(happening, Begun):
+            self._events.append(self._started(happening))
+        elif isinstance(happening, Grown):
+            self._grow(happening)
+        elif happening.error is not None:
+            self._error.append(happening.error)
+        else:
+            self._finish(happening)
+
+    def collect(self) -> list[Mail]:
+        """What happened since the last time."""
+        mail: list[Mail] = [tuple(self._events)] if self._events else []
+        mail += self._error
+        self._events, self._error = [], []
+        return mail
+
+    def _started(self, begun: Begun) -> Started:
+        return Started(
+            begun.prompt_tokens,
+            begun.cached_tokens,
+            begun.demo_tokens + self._saved,
+            begun.demo_tokens,
+            (begun.began - self._arrived) * 1000,
+            begun.running,
         )
 
-    @torch.no_grad()
-    def _embedded(self, question: Question) -> Embedded:
-        prompt = self.chat.conversation(question.turns, len(question.fused))
-        pictures = self.prepare(question.pictures)
-        prepared, shown = look_up(question.turns, pictures)
-        packed = pack(
-            [prompt],
-            pictures=prepared,
-            fused_tokens=[len(fused) for fused in question.fused],
-            padding_id=self.backbone.tokenizer.pad_token_id,
-        ).to(self.backbone.device)
-        self._refuse_too_long(packed.mask_BL.shape[1], question.max_new_tokens)
-        visual = self.backbone.see(shown)
-        # Arrays that came through Ray's object store cannot be written to, which torch insists on.
-        fused_TD = [torch.tensor(fused, device=self.backbone.device) for fused in question.fused]
-        return self.backbone.embed(packed, visual, torch.cat(fused_TD) if fused_TD else None)
+    def _grow(self, grown: Grown) -> None:
+        index, transcript = grown.index, self._answers[grown.index]
+        self._mark_first_token(index)
+        self._events.append(self._piece(index, transcript.add(grown.token, grown.likelihood)))
+        if transcript.stopped:
+            self.job.stopped.add(index)
+            self._events.append(Finished(index, "stop", transcript.tokens, self._ttft_ms[index]))
 
-    def _refuse_too_long(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        if prompt_tokens + max_new_tokens > self.context_length:
-            raise DataError(
-                f"the prompt takes {prompt_tokens} tokens and the answer may take {max_new_tokens}, the "
-                f"model reads {self.context_length}: register the demonstrations as a demo_pack, or lower "
-                "max_tokens"
-            )
+    def _finish(self, ended: Ended) -> None:
+        index, transcript = ended.index, self._answers[ended.index]
+        # An answer that ends at once has the end token as its first.
+        self._mark_first_token(index)
+        rest = self._piece(index, transcript.end())
+        if rest.text or rest.logprobs:
+            self._events.append(rest)
+        self._events.append(Finished(index, ended.reason, transcript.tokens, self._ttft_ms[index]))
+
+    def _piece(self, index: int, told: Told) -> Piece:
+        return Piece(index, told.text, tuple(spell(one, self._texts) for one in told.likelihoods))
+
+    def _mark_first_token(self, index: int) -> None:
+        if index not in self._ttft_ms:
+            self._ttft_ms[index] = (time.monotonic() - self._arrived) * 1000
 
 
-def _milliseconds_since(moment: float) -> float:
-    return (time.perf_counter() - moment) * 1000
+def _late(question: Question) -> DeadlineError:
+    return DeadlineError(f"the answer took longer than the {question.seconds:g} seconds that it may take")
