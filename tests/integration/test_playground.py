@@ -146,6 +146,7 @@ def test_comparison_shows_the_numbers_of_the_server_and_the_wait_until_the_first
             assert 250 <= int(told.removesuffix(" ms")) < 850
         assert page.facts("pack")["Already read"] == "7 tokens"
         assert page.facts("full")["Answer"] == "4 tokens"
+        assert f"7 of {30 + written} tokens were kept" in page.page.inner_text("#kept")
         assert f"{written / fused:.1f} times fewer tokens" in page.page.inner_text("#verdict")
         width = page.page.evaluate("""[...document.querySelector('#bars li').querySelectorAll('.bar')]
             .map(bar => bar.getBoundingClientRect().width)""")

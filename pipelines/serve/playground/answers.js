@@ -83,6 +83,13 @@ export const user = ({url, question}) => ({
   content: [{type: 'image_url', image_url: {url}}, ...(question ? [{type: 'text', text: question}] : [])],
 })
 
+/** What the server had read of a prompt before: who asks with new demonstrations waits longer. */
+export function kept({usage}) {
+  const count = usage?.prompt_tokens_details?.cached_tokens
+  return count ? `Written out, ${count.toLocaleString('en')} of ${plural(usage.prompt_tokens, 'token')} were kept `
+    + 'from an earlier question; with other demonstrations the first token comes later.' : ''
+}
+
 /** Draws what both answers cost into `list`, and gives the sentence that sums it up. */
 export function compare(list, pack, full) {
   const size = measure('Demonstrations', pack.usage?.demo_tokens_fused, full.usage?.demo_tokens_fused, TOKENS)

@@ -1,6 +1,6 @@
 // The playground: shows pictures with names to the server, asks about another one, in two ways, and compares.
 
-import {Answer, compare, user, writtenOut} from './answers.js'
+import {Answer, compare, kept, user, writtenOut} from './answers.js'
 import {call, forgetKey, keepKey, key, makePack, models, onKeyWanted} from './api.js'
 import {add, clear, collect, startDemonstrations} from './demonstrations.js'
 import {find, make, plural, say, whileBusy} from './dom.js'
@@ -221,6 +221,7 @@ async function askBoth({pack, demonstrations}, asked, signal) {
   if (short && long) {
     find('comparison').hidden = false
     find('verdict').textContent = compare(find('bars'), short, long)
+    find('kept').textContent = kept(long)
   }
 }
 
