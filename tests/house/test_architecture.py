@@ -84,6 +84,7 @@ LIBRARY_HOMES = {
     "nltk": ("mmicl_core.evaluation.tasks.captions",),
     "pycocoevalcap": ("mmicl_core.evaluation.tasks.captions",),
     "openai": ("mmicl_core.evaluation.endpoint",),
+    "prometheus_client": ("pipelines.serve.metrics",),
     "mlflow": ("pipelines.trackers",),
 }
 

@@ -1,0 +1,227 @@
+"""What a registered pack is worth to whoever asks, and what the server adds, by nano behind Ray Serve.
+
+    make bench
+
+Prints JSON objects: times to the first token of one client at a time with p50, p95 and p99, beside each the
+accuracy of its answers; requests and tokens a second of 16 clients; what the way through HTTP and the ingress
+adds; bytes of keys and values. Opponents of a pack are no demonstrations, demonstrations written out, those
+behind a warm cache of exactly their keys and values, and those that come in another order each time, where
+such a cache cannot help; fused ones in another order each time come out of the bank.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+
+from mmicl_core.config.run import RunConfig
+from mmicl_core.config.serve import ReplicasConfig, ServeConfig
+from mmicl_core.prompts import Turn
+from mmicl_core.serving.sampling import Sampling
+from pipelines.serve import app
+from pipelines.serve.contracts import Question
+from tests.benchmarks.asked import (
+    BASE,
+    FUSES,
+    Asked,
+    Episode,
+    ask,
+    episodes,
+    free_port,
+    interleaved,
+    percentiles,
+    side_by_side,
+)
+
+QUERIES, CLIENTS, WARM_UP = 60, 16, 5
+LONG_ANSWER = 64
+
+pytestmark = [pytest.mark.bench, pytest.mark.alone]
+
+
+@pytest.fixture(scope="module")
+def asked_episodes(tmp_path_factory: pytest.TempPathFactory) -> list[Episode]:
+    return episodes(QUERIES, tmp_path_factory.mktemp("corpus"))
+
+
+@contextmanager
+def served(folder: Path, **settings: Any) -> Iterator[str]:
+    """The address of nano's server; it stands alone on the machine."""
+    replicas = ReplicasConfig(at_once=2 * CLIENTS, requests_each=CLIENTS, queued=1024)
+    config = ServeConfig(
+        port=free_port(),
+        bank=str(folder),
+        compressor=replicas,
+        generator=replicas,
+        max_packs=10 * QUERIES,
+        **settings,
+    )
+    try:
+        yield app.start(RunConfig(serve=config))
+    finally:
+        app.stop()
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with served(tmp_path_factory.mktemp("bank"), rows=CLIENTS) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def packs(url: str, asked_episodes: list[Episode]) -> list[str]:
+    with httpx.Client(base_url=url, timeout=60) as client:
+        made = [client.post("/v1/demo_packs", json=one.pack()) for one in asked_episodes]
+    return [response.raise_for_status().json()["id"] for response in made]
+
+
+Ways = Mapping[str, Callable[[int], Asked]]
+
+
+def ways_to_ask(client: httpx.Client, shown: list[Episode], packs: list[str]) -> Ways:
+    """Each answers the question of a round."""
+
+    def twice(body: Mapping[str, Any]) -> Asked:
+        # The first fills the cache of keys and values.
+        ask(client, body)
+        return ask(client, body)
+
+    return {
+        "no demonstrations": lambda n: ask(client, shown[n].body(BASE, shown=False)),
+        "pack": lambda n: twice(shown[n].body(FUSES, shown=False, demo_pack=packs[n])),
+        "pack, first request": lambda n: ask(
+            client, shown[n].body(FUSES, shown=False, demo_pack={"id": packs[n], "select": 16})
+        ),
+        "written out, another order each time": lambda n: ask(client, shown[n].body(BASE, reordered=n)),
+        "written out, warm cache of exactly these": lambda n: twice(shown[n].body(BASE)),
+        "fused, another order each time": lambda n: ask(
+            client, shown[n].body(FUSES, reordered=n, demonstrations="fused")
+        ),
+    }
+
+
+def accuracy(answers: list[Asked], shown: list[Episode]) -> float:
+    right = [answer.text.strip() == one.answer for answer, one in zip(answers, shown, strict=True)]
+    return round(sum(right) / len(right), 3)
+
+
+def test_first_token_comes_five_times_sooner_behind_a_pack_than_behind_written_demonstrations(
+    url: str, asked_episodes: list[Episode], packs: list[str]
+) -> None:
+    with httpx.Client(base_url=url, timeout=60) as client:
+        ways = ways_to_ask(client, asked_episodes, packs)
+        interleaved(ways, WARM_UP)
+        found = interleaved(ways, QUERIES)
+    told = {
+        name: percentiles([one.ttft_ms for one in answers])
+        | {
+            "in the generator, p50": round(median(one.usage["ttft_ms"] for one in answers), 1)
+            if "ttft_ms" in answers[0].usage
+            else None,
+            "accuracy": accuracy(answers, asked_episodes),
+            "prompt tokens": round(median(one.usage["prompt_tokens"] for one in answers)),
+        }
+        for name, answers in found.items()
+    }
+    print(json.dumps({"milliseconds to the first token": told}, indent=1))
+    p50 = {name: row["p50"] for name, row in told.items()}
+    full, pack, alone = (
+        p50[name] for name in ("written out, another order each time", "pack", "no demonstrations")
+    )
+    print(json.dumps({"full over pack": round(full / pack, 2), "pack over alone": round(pack / alone, 2)}))
+    assert full >= 5 * pack
+    assert pack <= 1.3 * alone
+
+
+def test_many_clients_are_answered_four_times_as_often_behind_packs(
+    url: str, asked_episodes: list[Episode], packs: list[str]
+) -> None:
+    fused = [
+        one.body(FUSES, shown=False, demo_pack=pack) for one, pack in zip(asked_episodes, packs, strict=True)
+    ]
+    full = [one.body(BASE, reordered=100 + number) for number, one in enumerate(asked_episodes)]
+    warm = [one.body(BASE) for one in asked_episodes]
+    side_by_side(url, [*fused, *warm], CLIENTS)
+    bodies = {"pack": fused * 4, "written out, another order": full * 2, "written out, warm cache": warm * 2}
+    rates = {}
+    for name, wanted in bodies.items():
+        answers, seconds = side_by_side(url, wanted, CLIENTS)
+        rates[name] = len(wanted) / seconds
+        first = percentiles([one.ttft_ms for one in answers])
+        print(json.dumps({name: {"requests a second": round(rates[name], 1), "first token, ms": first}}))
+    ratio = rates["pack"] / rates["written out, another order"]
+    print(json.dumps({"requests a second, packs over written out": round(ratio, 2)}))
+    assert ratio >= 4
+
+
+def test_answers_grow_three_times_as_fast_together_as_one_at_a_time(
+    ray_cluster: None, asked_episodes: list[Episode], tmp_path: Path
+) -> None:
+    def tokens_a_second(rows: int) -> float:
+        with served(tmp_path / str(rows), rows=rows) as address:
+            words = "Describe the picture in detail."
+            bodies = [_long(one, words) for one in asked_episodes]
+            side_by_side(address, bodies[:CLIENTS], CLIENTS)
+            answers, seconds = side_by_side(address, bodies, CLIENTS)
+            return sum(one.usage["completion_tokens"] for one in answers) / seconds
+
+    together, one_at_a_time = tokens_a_second(CLIENTS), tokens_a_second(1)
+    told = {"together": round(together), "one at a time": round(one_at_a_time)}
+    print(json.dumps({"tokens a second of 16 clients": told, "ratio": round(together / one_at_a_time, 2)}))
+    assert together >= 3 * one_at_a_time
+
+
+def _long(one: Episode, words: str) -> dict[str, Any]:
+    picture = one.query["content"][0]
+    message = {"role": "user", "content": [picture, {"type": "text", "text": words}]}
+    return {"model": BASE, "messages": [message], "max_tokens": LONG_ANSWER, "stream": True}
+
+
+def test_http_and_ingress_add_less_than_five_milliseconds(url: str, asked_episodes: list[Episode]) -> None:
+    handle = serve.get_deployment_handle("generator", app.APPLICATION)
+    one = asked_episodes[0]
+    body = {**one.body(BASE, shown=False), "stream": False, "max_tokens": 4}
+    content = json.dumps(body).encode()
+    question = _as_question(one)
+
+    async def measure() -> tuple[list[float], list[float]]:
+        direct, through = [], []
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            for number in range(WARM_UP + 3 * QUERIES):
+                begun = time.perf_counter()
+                await handle.answer.remote(question)
+                between = time.perf_counter()
+                response = await client.post(
+                    "/v1/chat/completions", content=content, headers={"content-type": "application/json"}
+                )
+                ended = time.perf_counter()
+                response.raise_for_status()
+                if number >= WARM_UP:
+                    direct.append((between - begun) * 1000)
+                    through.append((ended - between) * 1000)
+        return direct, through
+
+    direct, through = asyncio.run(measure())
+    added = median(through) - median(direct)
+    told = {"handle": percentiles(direct), "HTTP": percentiles(through), "added, p50": round(added, 2)}
+    print(json.dumps({"milliseconds": told}))
+    assert added < 5
+
+
+def _as_question(one: Episode) -> Question:
+    import base64
+
+    picture, words = one.query["content"]
+    encoded = base64.b64decode(picture["image_url"]["url"].partition(",")[2])
+    turn = Turn(("0.0",), words["text"], None)
+    return Question(BASE, (turn,), {"0.0": encoded}, (Sampling(4),), 60.0)
