@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,16 +215,44 @@ def _evaluate(arguments: list[str]) -> int:
 
 
 def _serve(arguments: list[str]) -> int:
-    with _running(_parse_run("serve", arguments)) as (run, _):
-        from pipelines.serve import app
+    if arguments[:1] == ["keys"]:
+        return _keep_keys(arguments[1:])
+    if arguments[:1] == ["build"]:
+        given = _parse_run("serve build", arguments[1:], {"--out": {"metavar": "FILE", "help": "to write"}})
+        from pipelines.serve import commands
 
-        try:
-            url = app.start(run)
-            print(f"mmicl: serving at {url}; Ctrl-C stops", file=sys.stderr)
-            threading.Event().wait()
-        finally:
-            app.stop()
+        # Ray says how GPUs are shared out only where it runs: on the cluster.
+        return _print(commands.build(given.run, given.own["--out"] or "serve.yaml"))
+    own: Flags = {"--check": {"action": "store_true", "help": "look at all it needs, and start nothing"}}
+    given = _parse_run("serve", arguments, own)
+    if given.own["--check"]:
+        from pipelines.serve.check import check
+
+        found = check(given.run)
+        _print(found)
+        if not found["passed"]:
+            raise ConfigError("\n".join(one["says"] for one in found["findings"] if not one["passed"]))
+        return 0
+    with _running(given) as (run, _):
+        from pipelines.serve import commands
+
+        commands.serve(run)
     return 0
+
+
+def _keep_keys(arguments: list[str]) -> int:
+    parser = Parser(prog="mmicl serve keys", description="Keep the API keys of a server.")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for action, about in ABOUT_KEYS.items():
+        added = actions.add_parser(action, help=about, description=about)
+        if action != "list":
+            added.add_argument("name", metavar="NAME", help="of the key: the tenant")
+        added.add_argument("--file", required=True, help="of keys, as serve.keys names it")
+    given = parser.parse_args(arguments)
+
+    from pipelines.serve.commands import keep_keys
+
+    return _print(keep_keys(given.action, given.file, getattr(given, "name", None)))
 
 
 def _submit(arguments: list[str]) -> int:
@@ -290,7 +317,7 @@ VERBS: Mapping[str, Verb] = {
     "episodes": Verb("read a corpus and draw episodes with hard negatives; show ID, preview", _episodes),
     "train": Verb("train what the recipe's method trains", _train),
     "evaluate": Verb("ask about held-out concepts, with and without demonstrations", _evaluate),
-    "serve": Verb("answer over an OpenAI-compatible API until Ctrl-C", _serve),
+    "serve": Verb("answer over an OpenAI-compatible API until Ctrl-C; --check, build, keys", _serve),
     "submit": Verb("run a verb on a Ray cluster, from this checkout", _submit),
     "doctor": Verb("look for what is missing on this machine", _doctor),
     "config": Verb("print the settings of a run, or the schema of all settings", _config),
@@ -299,6 +326,11 @@ ABOUT_CORPUS = {
     "lint": "read and look at all of it, and name what cannot be used",
     "stats": "count what it holds",
     "preview": "a page of its pictures",
+}
+ABOUT_KEYS = {
+    "add": "make a key, which is printed this once",
+    "list": "name those that there are",
+    "remove": "have a key refused from now on",
 }
 RUN_VERBS = ("episodes", "train", "evaluate", "serve")
 

@@ -30,6 +30,7 @@ from typing import Any
 
 __all__ = [
     "DEFAULTS",
+    "LEAST_CPUS",
     "cluster",
     "code_revision",
     "endpoint_key",

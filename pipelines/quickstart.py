@@ -40,6 +40,7 @@ log = logging.getLogger("mmicl")
 
 RECIPE = "quickstart.yaml"
 SHIPPED_ADAPTER = "embedded:nano_aim"
+TRAINED = "trained"
 REQUEST_SECONDS = 60.0
 TIMED_REQUESTS = 5
 
@@ -142,11 +143,14 @@ def _serve_and_ask(
     """Start the server, register the demonstrations, ask with the pack and with the full turns."""
     serve = run.serve.model_copy(
         update={
-            "adapter": str((trained.folder / RESULT).absolute()),
+            "adapters": {TRAINED: str((trained.folder / RESULT).absolute())},
             "bank": str((root / "bank").absolute()),
             "port": _free_port(),
+            # What a prompt costs is to be seen, not what is left of it when it is asked again.
+            "prefix_bytes": 0,
         }
     )
+    fusing = serve.model_id(TRAINED)
     *shown, query = episode["turns"]
     demonstrations = [
         {
@@ -168,8 +172,8 @@ def _serve_and_ask(
     url = app.start(run.model_copy(update={"serve": serve}))
     try:
         with httpx.Client(base_url=url, timeout=REQUEST_SECONDS) as client:
-            pack = _post(client, "/v1/demo_packs", {"demonstrations": demonstrations})
-            with_pack = {"model": serve.model_name, "messages": asked, "demo_pack": pack["id"]}
+            pack = _post(client, "/v1/demo_packs", {"model": fusing, "demonstrations": demonstrations})
+            with_pack = {"model": fusing, "messages": asked, "demo_pack": pack["id"]}
             answers = [_post(client, "/v1/chat/completions", with_pack) for _ in range(TIMED_REQUESTS)]
             in_full = {"model": serve.model_name, "messages": [*told, *asked]}
             full = [_post(client, "/v1/chat/completions", in_full) for _ in range(TIMED_REQUESTS)]

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from mmicl_core.errors import CheckpointError, DataError
+from mmicl_core.errors import CheckpointError, ConfigError, DataError
 from pipelines import cli, environment
 
 ROOT = Path(__file__).parents[2]
@@ -198,21 +202,75 @@ def test_interruption_stops_what_was_started_and_gives_130(capsys, tmp_path, no_
     assert capsys.readouterr().err == "mmicl: stopped\n"
 
 
-def test_server_is_stopped_when_it_is_interrupted(capsys, tmp_path, monkeypatch, no_ray, program):
-    happened = []
+class App:
+    """Stands in for the server, and sends this process a signal once it is there."""
 
-    class App:
-        start = staticmethod(lambda run: happened.append(f"port {run.serve.port}") or "http://here")
-        stop = staticmethod(lambda: happened.append("stopped"))
+    def __init__(self, *signals: int) -> None:
+        self.happened: list[str] = []
+        self._signals = list(signals)
 
-    def interrupt(self) -> None:
-        raise KeyboardInterrupt
+    def start(self, run) -> str:
+        self.happened.append(f"port {run.serve.port}")
+        threading.Thread(target=self._send).start()
+        return "http://here"
 
-    program("pipelines.serve", "app", App)
-    monkeypatch.setattr(cli.threading.Event, "wait", interrupt)
+    def reload(self, run) -> None:
+        self.happened.append("reload")
+        if len(self.happened) == 2:
+            raise ConfigError("the adapter is broken")
+
+    def stop(self) -> None:
+        self.happened.append("stopped")
+
+    def _send(self) -> None:
+        for number in self._signals:
+            time.sleep(0.1)
+            os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_server_is_stopped_when_it_is_interrupted_or_terminated(
+    capsys, tmp_path, monkeypatch, no_ray, number
+):
+    from pipelines.serve import commands
+
+    monkeypatch.setattr(commands, "app", server := App(number))
+    before = signal.getsignal(signal.SIGTERM)
     assert cli.main(["serve", "--output", str(tmp_path), "--serve.port", "8123"]) == 130
-    assert happened == ["port 8123", "stopped"]
+    assert server.happened == ["port 8123", "stopped"]
     assert "serving at http://here" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_server_loads_its_adapters_anew_when_it_is_told_to_and_goes_on_where_it_cannot(
+    capsys, tmp_path, monkeypatch, no_ray
+):
+    from pipelines.serve import commands
+
+    monkeypatch.setattr(commands, "app", server := App(signal.SIGHUP, signal.SIGHUP, signal.SIGINT))
+    assert cli.main(["serve", "--output", str(tmp_path)]) == 130
+    assert server.happened == ["port 8000", "reload", "reload", "stopped"]
+    said = capsys.readouterr().err
+    assert "the adapters are served as they were: the adapter is broken" in said
+    assert "the adapters are served as they are now" in said
+
+
+def test_keys_are_made_listed_and_removed(capsys, tmp_path, no_ray):
+    file = ["--file", str(tmp_path / "keys.jsonl")]
+
+    def keys(*arguments):
+        assert cli.main(["serve", "keys", *arguments, *file]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    made = keys("add", "ann")
+    assert made["name"] == "ann" and made["key"] not in (tmp_path / "keys.jsonl").read_text()
+    keys("add", "bob")
+    assert [entry["name"] for entry in keys("list")["keys"]] == ["ann", "bob"]
+    keys("remove", "ann")
+    assert [entry["name"] for entry in keys("list")["keys"]] == ["bob"]
+    assert cli.main(["serve", "keys", "add", "bob", *file]) == 2
+    assert cli.main(["serve", "keys"]) == 2
+    assert not no_ray
 
 
 def test_quickstart_takes_a_folder_and_a_recipe(tmp_path, no_ray, program):
