@@ -30,8 +30,12 @@ BUSY = (429, 503, 504)
 def pack_routes(services: Services) -> APIRouter:
     """Makes, lists, describes, deletes, exports and imports packs of the tenant."""
     router = APIRouter(tags=["demo_packs"])
-    bank = services.bank
+    _add_what_makes(router, services)
+    _add_what_keeps(router, services)
+    return router
 
+
+def _add_what_makes(router: APIRouter, services: Services) -> None:
     @router.post(
         "/v1/demo_packs",
         openapi_extra=body(DemoPackRequest),
@@ -55,13 +59,6 @@ def pack_routes(services: Services) -> APIRouter:
 
         return _json(await attend(request, deadline, register()))
 
-    @router.get("/v1/demo_packs", **answers(DemoPackList, *BUSY))
-    async def list_demo_packs(request: Request) -> Response:
-        """All packs, newest first."""
-        entries = await asyncio.to_thread(bank.packs, request.state.tenant)
-        models = await services.generator.models()
-        return _json(DemoPackList(object="list", data=[_described(entry, models) for entry in entries]))
-
     @router.post(
         "/v1/demo_packs/import",
         openapi_extra=binary_body("A pack as its export gives it."),
@@ -73,8 +70,19 @@ def pack_routes(services: Services) -> APIRouter:
         data = await request.body()
         models = await services.generator.models()
         makers = [model.maker for model in models if model.fuses]
-        entry = await asyncio.to_thread(bank.take_in, request.state.tenant, data, makers)
+        entry = await asyncio.to_thread(services.bank.take_in, request.state.tenant, data, makers)
         return _json(_described(entry, models))
+
+
+def _add_what_keeps(router: APIRouter, services: Services) -> None:
+    bank = services.bank
+
+    @router.get("/v1/demo_packs", **answers(DemoPackList, *BUSY))
+    async def list_demo_packs(request: Request) -> Response:
+        """All packs, newest first."""
+        entries = await asyncio.to_thread(bank.packs, request.state.tenant)
+        models = await services.generator.models()
+        return _json(DemoPackList(object="list", data=[_described(entry, models) for entry in entries]))
 
     @router.get("/v1/demo_packs/{pack_id}", **answers(DemoPack, 404, 409, *BUSY))
     async def describe_demo_pack(pack_id: str, request: Request) -> Response:
@@ -94,8 +102,6 @@ def pack_routes(services: Services) -> APIRouter:
         data = await asyncio.to_thread(bank.export, request.state.tenant, pack_id)
         name = {"content-disposition": f'attachment; filename="{pack_id}.safetensors"'}
         return Response(data, media_type=BINARY, headers=name)
-
-    return router
 
 
 def _described(entry: PackEntry, models: Sequence[ServedModel]) -> DemoPack:
