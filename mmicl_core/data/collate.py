@@ -13,11 +13,12 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmicl_core.data.pictures import VISUAL, PreparedPicture
 from mmicl_core.prompts import Prompt
 
-__all__ = ["NOT_SCORED", "Packed", "pack"]
+__all__ = ["NOT_SCORED", "Packed", "pack", "stack"]
 
 NOT_SCORED = -100
 
@@ -54,6 +55,20 @@ class Packed:
     def to(self, device: torch.device) -> Packed:
         """The same on a device."""
         return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+    def widen(self, columns: int, padding_id: int) -> Packed:
+        """The same in rows of at least so many columns, with padding on the right."""
+        missing = max(columns - self.ids_BL.shape[1], 0)
+        fills = {"ids_BL": padding_id, "labels_BL": NOT_SCORED}
+        rows = {name: tensor for name, tensor in vars(self).items() if name != "grids_N3"}
+        return replace(
+            self, **{name: F.pad(rows[name], (0, missing), value=fills.get(name, 0)) for name in rows}
+        )
+
+
+def stack(batches: Sequence[Packed]) -> Packed:
+    """Batches of equal width as one, with the pictures of all in the same order."""
+    return Packed(**{name: torch.cat([vars(batch)[name] for batch in batches]) for name in vars(batches[0])})
 
 
 @dataclass

@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 import torch
 
-from mmicl_core.data.collate import NOT_SCORED, Packed, pack
+from mmicl_core.data.collate import NOT_SCORED, Packed, pack, stack
 from mmicl_core.data.pictures import VISUAL, PreparedPicture
 from mmicl_core.prompts import IMAGE, Piece, Prompt
 
@@ -102,3 +102,17 @@ def test_rows_of_a_batch_equal_single_rows_beside_padding_that_nothing_reads(
         assert (batch.ids_BL[row, padding] == PADDING).all()
     assert batch.num_scored == sum(single.num_scored for single in singles)
     assert torch.equal(batch.grids_N3, torch.cat([single.grids_N3 for single in singles]))
+
+
+def test_prompts_packed_apart_and_stacked_are_as_if_packed_together():
+    apart = [_pack([LONG], (), "right"), _pack([SHORT], SHORT_FUSED, "right", ())]
+    columns = apart[0].ids_BL.shape[1]
+    stacked = stack([one.widen(columns, PADDING) for one in apart])
+    together = _pack([LONG, SHORT], SHORT_FUSED, "right")
+    assert all(torch.equal(vars(stacked)[name], tensor) for name, tensor in vars(together).items())
+    assert all(vars(stacked)[name].dtype == tensor.dtype for name, tensor in vars(together).items())
+
+
+def test_rows_that_are_wide_enough_stay_as_they_are():
+    packed = _pack([SHORT], SHORT_FUSED, "right", ())
+    assert torch.equal(packed.widen(1, PADDING).ids_BL, packed.ids_BL)
