@@ -8,6 +8,7 @@ at the same time: an answer that is begun again goes on as before.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,8 @@ from mmicl_core.serving.sampling import Likelihood, Sampling
 
 __all__ = ["choose", "likelihood"]
 
+FEW = 256
+
 
 def choose(scores_BV: Tensor, samplings: Sequence[Sampling], counts: Sequence[int]) -> list[int]:
     """The next token of each answer.
@@ -25,9 +28,16 @@ def choose(scores_BV: Tensor, samplings: Sequence[Sampling], counts: Sequence[in
         counts: tokens that each answer has so far.
     """
     chosen: list[int] = scores_BV.argmax(-1).tolist()
-    for row, (sampling, count) in enumerate(zip(samplings, counts, strict=True)):
-        if sampling.temperature > 0:
-            chosen[row] = _draw(scores_BV[row], sampling, count)
+    rows = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if not rows:
+        return chosen
+    # In 64 bits: the sums of a large vocabulary would come out differently in 32.
+    shares_BV = _probabilities(scores_BV[rows], [samplings[row] for row in rows])
+    points_B1 = _column([_point(samplings[row].seed, counts[row]) for row in rows], shares_BV)
+    for place, (row, token) in enumerate(zip(rows, _draw(shares_BV, points_B1), strict=True)):
+        chosen[row], one, top_p = token, slice(place, place + 1), samplings[row].top_p
+        if top_p < 1:
+            chosen[row] = _draw_from_nucleus(shares_BV[one], top_p, points_B1[one])
     return chosen
 
 
@@ -39,19 +49,37 @@ def likelihood(scores_V: Tensor, token: int, count: int) -> Likelihood:
     return Likelihood(token, float(logprobs_V[token]), told)
 
 
-def _draw(scores_V: Tensor, sampling: Sampling, count: int) -> int:
-    # In 64 bits on the CPU: the draw is the same on every device.
-    scores_V = scores_V.double().cpu()
+def _probabilities(scores_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     # The likeliest one at 0: however low the temperature is, nothing overflows.
-    probabilities_V = ((scores_V - scores_V.max()) / sampling.temperature).softmax(-1)
-    ordered_V, ids_V = probabilities_V.sort(descending=True, stable=True)
-    before_V = ordered_V.cumsum(0) - ordered_V
-    # However small the share is, the likeliest one is in it.
-    ordered_V[1:] = ordered_V[1:].masked_fill(before_V[1:] >= sampling.top_p, 0)
-    generator = torch.Generator().manual_seed(_mix(sampling.seed, count))
-    return int(ids_V[torch.multinomial(ordered_V, 1, generator=generator)])
+    scores_BV = scores_BV.double() - scores_BV.amax(-1, keepdim=True)
+    temperatures_B1 = _column([sampling.temperature for sampling in samplings], scores_BV)
+    return (scores_BV / temperatures_B1).softmax(-1)
 
 
-def _mix(seed: int, count: int) -> int:
-    """A seed for each token of an answer; neighbouring seeds share none."""
-    return (seed * 0x9E3779B97F4A7C15 + count * 0xBF58476D1CE4E5B9) % 2**63
+def _draw(shares_BV: Tensor, points_B1: Tensor) -> list[int]:
+    """Of shares side by side, the one in which each point lies."""
+    ends_BV = shares_BV.cumsum(-1)
+    places_B1 = torch.searchsorted(ends_BV, points_B1 * ends_BV[:, -1:], right=True)
+    drawn: list[int] = places_B1[:, 0].clamp(max=shares_BV.shape[1] - 1).tolist()
+    return drawn
+
+
+def _draw_from_nucleus(shares_1V: Tensor, top_p: float, points_B1: Tensor) -> int:
+    # The few likeliest hold nearly every nucleus, and to sort a whole vocabulary takes longer than a layer.
+    ordered_1V, ids_1V = shares_1V.topk(min(FEW, shares_1V.shape[1]))
+    if float(ordered_1V.sum()) < top_p:
+        ordered_1V, ids_1V = shares_1V.sort(descending=True, stable=True)
+    outside_1V = ordered_1V.cumsum(-1) - ordered_1V >= top_p
+    # However small the nucleus is, the likeliest one is in it.
+    outside_1V[:, 0] = False
+    (place,) = _draw(ordered_1V.masked_fill(outside_1V, 0), points_B1)
+    return int(ids_1V[0, place])
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+
+def _point(seed: int, count: int) -> float:
+    """Between 0 and 1, another one for each token of an answer; neighbouring seeds share none."""
+    return random.Random(f"{seed}/{count}").random()

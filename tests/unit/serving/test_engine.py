@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from typing import Any
@@ -13,74 +10,20 @@ from typing import Any
 import pytest
 import torch
 
+from mmicl_core.backbones.decoding import Decoding
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, load_backbone
-from mmicl_core.data.pictures import PreparedPicture
 from mmicl_core.errors import DataError
-from mmicl_core.methods.base import Method, Plain
+from mmicl_core.methods.base import Plain
 from mmicl_core.prompts import Turn
 from mmicl_core.serving.engine import Engine
-from mmicl_core.serving.jobs import Begun, Ended, Grown, Job, OutOfTimeError
+from mmicl_core.serving.jobs import Job, OutOfTimeError
 from mmicl_core.serving.sampling import Sampling
-from tests.fakes import draw_picture, tiny_backbone
+from tests.fakes import tiny_backbone
 from tests.families import NAMES, write_model
 from tests.methods import make_method
+from tests.unit.serving.asking import MEGABYTE, MOST, Told, alone, job, pictures, question, run
 
-MOST = 6
 METHODS = ("aim", "m2pt", "mmict", "mtv", "prompt_tuning")
-MEGABYTE = 2**20
-
-
-@dataclass
-class Told:
-    """What a job was told."""
-
-    begun: list[Begun] = field(default_factory=list)
-    tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
-    ended: dict[int, Ended] = field(default_factory=dict)
-    likelihoods: list[Any] = field(default_factory=list)
-
-    def __call__(self, event: Begun | Grown | Ended) -> None:
-        if isinstance(event, Begun):
-            self.begun.append(event)
-        elif isinstance(event, Grown):
-            assert event.index not in self.ended
-            self.tokens[event.index].append(event.token)
-            self.likelihoods.append(event.likelihood)
-        else:
-            assert event.index not in self.ended
-            self.ended[event.index] = event
-
-
-def question(seed: int, shots: int) -> tuple[Turn, ...]:
-    """Demonstrations of other lengths for each seed, and a query."""
-    asked = ["What is this" + "?" * (seed + place) for place in range(shots)]
-    shown = [Turn(("ab"[place % 2],), words, f"bako {seed}") for place, words in enumerate(asked)]
-    return (*shown, Turn(("c",), "And this" + "?" * seed, None))
-
-
-@cache
-def pictures(backbone: HuggingFaceBackbone) -> Mapping[str, PreparedPicture]:
-    drawn = [draw_picture(seed, 40 + 10 * seed) for seed in range(3)]
-    return dict(zip("abc", backbone.prepare(drawn), strict=True))
-
-
-def job(method: Method, seed: int, shots: int, told: Told, **more: Any) -> Job:
-    samplings = more.pop("samplings", (Sampling(MOST),))
-    return Job(method, question(seed, shots), pictures(method.backbone), samplings, told, **more)
-
-
-def run(engine: Engine) -> None:
-    for _ in range(500):
-        if engine.idle:
-            return
-        engine.step()
-    raise AssertionError("the engine does not come to an end")
-
-
-def alone(method: Method, seed: int, shots: int) -> list[int]:
-    batch = method.arrange([question(seed, shots)], pictures(method.backbone), "left")
-    with torch.no_grad():
-        return method.answer(batch, MOST)[0]
 
 
 @pytest.fixture(scope="session")
@@ -234,6 +177,61 @@ def test_answer_that_is_stopped_from_outside_ends_without_another_token(
     run(engine)
     assert len(told.tokens[1]) < len(told.tokens[0]) == MOST
     assert 1 not in told.ended
+
+
+def test_step_that_fails_is_told_to_all_in_its_batch_and_to_nobody_else(
+    backbone: HuggingFaceBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, first, second, later = Plain(backbone), Told(), Told(), Told()
+    engine = Engine(backbone, 4, 0)
+    feed, failing = Decoding.feed, True
+
+    def fail(decoding: Decoding, ids_B: torch.Tensor) -> None:
+        if failing:
+            raise RuntimeError("out of memory")
+        feed(decoding, ids_B)
+
+    monkeypatch.setattr(Decoding, "feed", fail)
+    engine.add(job(method, 0, 1, first))
+    engine.add(job(method, 1, 1, second, samplings=(Sampling(MOST), Sampling(MOST))))
+    engine.step()
+    engine.step()
+    assert engine.idle
+    failing = False
+    engine.add(job(method, 2, 1, later))
+    run(engine)
+    assert [str(told.ended[0].error) for told in (first, second)] == ["out of memory"] * 2
+    assert later.tokens[0] == alone(method, 2, 1)
+
+
+def test_answer_whose_scores_are_no_numbers_fails_alone(backbone: HuggingFaceBackbone) -> None:
+    method, broken, other = Plain(backbone), Told(), Told()
+    engine = Engine(backbone, 4, 0)
+    nothing = torch.full((3, backbone.width), float("nan"))
+    engine.add(job(method, 0, 1, broken, fused=(nothing,)))
+    engine.add(job(method, 1, 1, other))
+    run(engine)
+    assert isinstance(broken.ended[0].error, ArithmeticError) and not broken.tokens[0]
+    assert other.tokens[0] == alone(method, 1, 1)
+
+
+def test_questions_that_are_read_in_one_step_are_few_enough_for_those_that_grow(
+    backbone: HuggingFaceBackbone,
+) -> None:
+    method = Plain(backbone)
+    length = method.arrange([question(0, 2)], pictures(backbone)).packed.mask_BL.shape[1]
+    told = [Told() for _ in range(5)]
+    engine = Engine(backbone, 9, MEGABYTE, prefill_tokens=2 * length)
+    for place, one in enumerate(told):
+        # What is read first and kept counts too.
+        engine.add(job(method, 0, 2, one, prefix="kept" if place == 4 else None))
+    begun = list[int]()
+    for _ in range(3):
+        engine.step()
+        begun.append(sum(bool(one.begun) for one in told))
+    assert begun == [2, 4, 5]
+    run(engine)
+    assert [one.tokens[0] for one in told] == [alone(method, 0, 2)] * 5
 
 
 def test_job_that_cannot_be_read_fails_alone(backbone: HuggingFaceBackbone) -> None:
