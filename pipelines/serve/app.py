@@ -223,7 +223,7 @@ def _scaling(kind: ReplicasConfig) -> AutoscalingConfig:
 
 def _share_of_gpus(config: ServeConfig) -> float:
     replicas = config.compressor.most + config.generator.most
-    share = ray.cluster_resources().get("GPU", 0) / replicas
+    share = float(ray.cluster_resources().get("GPU", 0)) / replicas
     return min(1.0, math.floor(share * GPU_PARTS) / GPU_PARTS)
 
 

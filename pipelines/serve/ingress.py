@@ -101,4 +101,7 @@ class ReplicaCounts:
     def _count(self) -> Mapping[str, int]:
         application = serve.status().applications.get(self._application)
         deployments = {} if application is None else application.deployments
-        return {name: status.replica_states.get(RUNNING, 0) for name, status in deployments.items()}
+        return {
+            name: sum(count for state, count in status.replica_states.items() if state == RUNNING)
+            for name, status in deployments.items()
+        }
