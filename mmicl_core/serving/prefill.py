@@ -28,7 +28,7 @@ from mmicl_core.prompts import Piece, Prompt, Turn, count_text, places
 from mmicl_core.serving.jobs import Job
 from mmicl_core.serving.prefixes import Prefix, Prefixes
 
-__all__ = ["Plan", "Prefill"]
+__all__ = ["Plan", "Prefill", "embed_alone"]
 
 # A prefix shorter than this is computed anew in less time than it takes to look it up.
 SHORTEST_PREFIX = 16
@@ -135,12 +135,8 @@ class Prefill:
             return Plan(job, known, None, question, known.length, known.demo_tokens)
         opening, is_new = self._opening(method, with_prefix=job.system is None)
         covered = opening is not None and job.system is None
-        pieces = [] if covered else method.chat.prefix(job.system)
-        beginning = count_text(pieces)
-        pieces = [*pieces, *places(len(job.fused))]
-        pieces += [piece for turn in earlier for piece in method.write_turn(turn)]
-        head = _part(method, pieces, earlier, job, job.fused)
-        demo_tokens, cached = head.length - beginning, 0 if opening is None or is_new else opening.length
+        head, demo_tokens = _head(job, earlier, [] if covered else method.chat.prefix(job.system))
+        cached = 0 if opening is None or is_new else opening.length
         if job.prefix is not None and self._is_worth_keeping(head):
             return Plan(job, opening, head, question, cached, demo_tokens)
         return Plan(job, opening, None, _joined(head, question), cached, demo_tokens)
@@ -220,6 +216,30 @@ class Prefill:
                 f"the prompt takes {prompt_tokens} tokens and the answer may take {most}, the model reads "
                 f"{self._limit}: register the demonstrations as a demo_pack, or lower max_tokens"
             )
+
+
+@torch.no_grad()
+def embed_alone(job: Job) -> tuple[Embedded, int]:
+    """The whole prompt of a job, for whoever reads embeddings, and how much of it is demonstrations.
+
+    Raises:
+        DataError: a text holds control tokens, or the model takes no such.
+    """
+    method, (*earlier, last) = job.method, job.turns
+    if not method.writes_turns_apart:
+        plan = _plan_whole(job)
+        return method.embed(method.arrange([job.turns], job.pictures, "left")), plan.demo_tokens
+    head, demo_tokens = _head(job, earlier, method.chat.prefix(job.system))
+    question = _part(method, method.write_turn(last), [last], job)
+    return method.behind_opening(_embed(method, [_joined(head, question)])), demo_tokens
+
+
+def _head(job: Job, earlier: Sequence[Turn], beginning: Prompt) -> tuple[_Part, int]:
+    """What stands before the last turn, and how much of it is demonstrations."""
+    pieces = [*beginning, *places(len(job.fused))]
+    pieces += [piece for turn in earlier for piece in job.method.write_turn(turn)]
+    head = _part(job.method, pieces, earlier, job, job.fused)
+    return head, head.length - count_text(beginning)
 
 
 def _plan_whole(job: Job) -> Plan:

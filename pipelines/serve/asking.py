@@ -23,14 +23,12 @@ from mmicl_core.errors import DataError, MmiclError
 from mmicl_core.methods.base import Method
 from mmicl_core.prompts import Turn
 from mmicl_core.serving.prefixes import Prefix
-from mmicl_core.serving.sampling import Likelihood
-from mmicl_core.serving.transcript import TokenTexts
-from pipelines.serve.contracts import FusedTokens, Fusion, PackReference, Question, TokenLogprob
+from pipelines.serve.contracts import FusedTokens, Fusion, PackReference, Question
 from pipelines.serve.errors import RequestError, UnavailableError
 from pipelines.serve.loaded import Loaded
 from pipelines.serve.pictures import prepare_picture
 
-__all__ = ["Asked", "Preparation", "name_of_prefix", "spell"]
+__all__ = ["Asked", "Preparation", "name_of_prefix"]
 
 PREPARING_THREADS = 2
 
@@ -146,12 +144,6 @@ def name_of_prefix(question: Question, identity: str) -> str | None:
     if all(part is None for part in parts):
         return None
     return hashlib.sha256(repr((identity, *parts)).encode()).hexdigest()
-
-
-def spell(likelihood: Likelihood, texts: TokenTexts) -> TokenLogprob:
-    """A likelihood in text."""
-    likeliest = tuple((texts.text(token), logprob) for token, logprob in likelihood.likeliest)
-    return TokenLogprob(texts.text(likelihood.token), likelihood.logprob, likeliest)
 
 
 def _refuse_unless_it_fuses(question: Question, loaded: Loaded) -> None:

@@ -13,32 +13,19 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from threading import Condition, Thread
-from typing import Protocol
+from typing import TypeAlias
 
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.serving.engine import Engine
 from mmicl_core.serving.jobs import Job
-from pipelines.serve.contracts import Event
 from pipelines.serve.errors import UnavailableError
+from pipelines.serve.telling import Mail, Teller
 
-__all__ = ["Asker", "EngineThread", "Mail"]
+__all__ = ["EngineThread"]
 
 log = logging.getLogger("ray.serve")
 
-Mail = tuple[Event, ...] | Exception
-"""What happened together, or why it is over."""
-
-
-class Asker(Protocol):
-    """Who asked: takes what happens in the thread, and holds it until the step is over."""
-
-    job: Job
-    loop: asyncio.AbstractEventLoop
-    mail: asyncio.Queue[Mail]
-
-    def collect(self) -> Sequence[Mail]:
-        """What happened since the last time."""
-        ...
+_Letter: TypeAlias = tuple[Job, Teller, list[Mail]]
 
 
 class EngineThread:
@@ -57,11 +44,14 @@ class EngineThread:
         self._thread: Thread | None = None
         self._retired = False
         # Changed in the event loops, read in the thread.
-        self._askers = dict[int, Asker]()
+        self._told = dict[Job, Teller]()
         self._failure: BaseException | None = None
 
-    def add(self, asker: Asker) -> None:
+    def add(self, job: Job, teller: Teller) -> None:
         """Let a job wait for its turn.
+
+        Args:
+            teller: whom the job tells; what it was told is sent after each step.
 
         Raises:
             UnavailableError: the thread has died.
@@ -69,18 +59,18 @@ class EngineThread:
         with self._awake:
             if self._failure is not None:
                 raise UnavailableError(f"the engine of this replica has died: {self._failure!r}")
-            self._askers[id(asker)] = asker
-            self.engine.add(asker.job)
+            self._told[job] = teller
+            self.engine.add(job)
             if self._thread is None:
                 self._thread = Thread(target=self._run, name="engine", daemon=True)
                 self._thread.start()
             self._awake.notify()
 
-    def forget(self, asker: Asker) -> None:
+    def forget(self, job: Job) -> None:
         """Nobody waits for its answers any more; those that still grow end."""
-        asker.job.cancelled = True
+        job.cancelled = True
         with self._awake:
-            self._askers.pop(id(asker), None)
+            self._told.pop(job, None)
 
     def retire(self) -> None:
         """End when the last answer has ended."""
@@ -121,31 +111,30 @@ class EngineThread:
 
     def _send(self) -> None:
         with self._awake:
-            askers = list(self._askers.values())
-        letters = [(asker, mail) for asker in askers if (mail := asker.collect())]
-        by_loop = defaultdict[asyncio.AbstractEventLoop, list[tuple[Asker, Sequence[Mail]]]](list)
-        for asker, mail in letters:
-            by_loop[asker.loop].append((asker, mail))
+            told = list(self._told.items())
+        letters = [(job, teller, mail) for job, teller in told if (mail := teller.collect())]
+        by_loop = defaultdict[asyncio.AbstractEventLoop, list[_Letter]](list)
+        for letter in letters:
+            by_loop[letter[1].loop].append(letter)
         for loop, some in by_loop.items():
             _deliver_in(loop, some)
 
     def _send_to_all(self, error: Exception) -> None:
         with self._awake:
-            askers = list(self._askers.values())
-        for asker in askers:
-            _deliver_in(asker.loop, [(asker, [error])])
+            told = list(self._told.items())
+        for job, teller in told:
+            _deliver_in(teller.loop, [(job, teller, [error])])
 
 
-def _deliver_in(loop: asyncio.AbstractEventLoop, letters: Sequence[tuple[Asker, Sequence[Mail]]]) -> None:
+def _deliver_in(loop: asyncio.AbstractEventLoop, letters: Sequence[_Letter]) -> None:
     try:
         loop.call_soon_threadsafe(_deliver, letters)
     except RuntimeError:
         # The loop is closed: nobody is left to read.
-        for asker, _ in letters:
-            asker.job.cancelled = True
+        for job, _, _ in letters:
+            job.cancelled = True
 
 
-def _deliver(letters: Sequence[tuple[Asker, Sequence[Mail]]]) -> None:
-    for asker, mail in letters:
-        for one in mail:
-            asker.mail.put_nowait(one)
+def _deliver(letters: Sequence[_Letter]) -> None:
+    for _, teller, mail in letters:
+        teller.send(mail)

@@ -12,7 +12,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,13 @@ import torch
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.config.serve import ServeConfig
-from mmicl_core.methods.base import Method
-from mmicl_core.serving.jobs import Begun, Ended, Grown, Happening, Job, OutOfTimeError
-from mmicl_core.serving.transcript import TokenTexts, Told, Transcript
-from pipelines.serve.asking import Asked, Preparation, name_of_prefix, spell
-from pipelines.serve.contracts import Event, Finished, Piece, Question, ServedModel, Started
-from pipelines.serve.engine_thread import EngineThread, Mail
-from pipelines.serve.errors import DeadlineError, OverloadedError
+from mmicl_core.serving.jobs import Job
+from pipelines.serve.asking import Preparation, name_of_prefix
+from pipelines.serve.contracts import Event, Finished, Question, ServedModel
+from pipelines.serve.engine_thread import EngineThread
+from pipelines.serve.errors import OverloadedError
 from pipelines.serve.loaded import Loaded, LoadedModels
+from pipelines.serve.telling import Teller, late
 
 __all__ = ["Generator"]
 
@@ -104,53 +102,44 @@ class Generator:
         thread = self._thread_of(loaded)
         try:
             async with asyncio.timeout_at(deadline):
-                asker = await self._ask(question, loaded, thread, arrived)
+                job, teller = await self._prepare(question, loaded, thread, arrived)
         except TimeoutError as error:
-            raise _late(question) from error
+            raise late(question) from error
         if (waiting := thread.engine.waiting) >= self._config.generator.queued:
             raise OverloadedError(f"{waiting} questions wait for this replica already: ask again later")
         left = len(question.samplings)
-        thread.add(asker)
+        thread.add(job, teller)
         try:
             while left:
-                mail = await self._next(asker, deadline)
-                left -= sum(isinstance(event, Finished) for event in mail)
-                yield mail
+                events = await teller.read(deadline)
+                left -= sum(isinstance(event, Finished) for event in events)
+                yield events
         finally:
-            thread.forget(asker)
+            thread.forget(job)
 
-    async def _ask(self, question: Question, loaded: Loaded, thread: EngineThread, arrived: float) -> _Asker:
+    async def _prepare(
+        self, question: Question, loaded: Loaded, thread: EngineThread, arrived: float
+    ) -> tuple[Job, Teller]:
         # What comes fused needs nothing of the adapter any more, and is read by the plain model.
         method = self._models.all()[0].method if loaded.served.fuses else loaded.method
         name = name_of_prefix(question, loaded.identity)
         known = thread.engine.prefixes.get(name) if name is not None and method.writes_turns_apart else None
         asked = await self._preparation.prepare(question, loaded, method, known)
-        asker = _Asker(question, asked, method, arrived)
-        asker.job = Job(
+        teller = Teller(question, asked.saved, method.backbone.tokenizer, arrived)
+        job = Job(
             method,
             question.turns,
             asked.pictures,
             question.samplings,
-            asker.tell,
-            asked.fused,
-            question.system,
-            name,
-            known,
-            arrived + question.seconds,
+            teller.tell,
+            fused=asked.fused,
+            system=question.system,
+            prefix=name,
+            known=known,
+            deadline=arrived + question.seconds,
+            stopped=teller.stopped,
         )
-        return asker
-
-    async def _next(self, asker: _Asker, deadline: float) -> tuple[Event, ...]:
-        try:
-            async with asyncio.timeout_at(deadline):
-                mail = await asker.mail.get()
-        except TimeoutError as error:
-            raise _late(asker.question) from error
-        if isinstance(mail, OutOfTimeError):
-            raise _late(asker.question) from mail
-        if isinstance(mail, Exception):
-            raise mail
-        return mail
+        return job, teller
 
     def _arrange(self) -> None:
         """A thread for every backbone; those of backbones that are gone end."""
@@ -177,78 +166,3 @@ class Generator:
 
     def _thread_for(self, backbone: HuggingFaceBackbone) -> EngineThread:
         return EngineThread(backbone, self._config.rows, self._config.prefix_bytes)
-
-
-class _Asker:
-    """One question on its way: turns what the engine tells into events, in the engine's thread."""
-
-    job: Job
-
-    def __init__(self, question: Question, asked: Asked, method: Method, arrived: float) -> None:
-        self.question, self.loop = question, asyncio.get_running_loop()
-        self.mail = asyncio.Queue[Mail]()
-        self._saved, self._arrived = asked.saved, arrived
-        self._tokenizer = tokenizer = method.backbone.tokenizer
-        self._answers = [Transcript(tokenizer, sampling.stop) for sampling in question.samplings]
-        self._ttft_ms = dict[int, float]()
-        self._events, self._error = list[Event](), list[Exception]()
-
-    @cached_property
-    def _texts(self) -> TokenTexts:
-        return TokenTexts(self._tokenizer)
-
-    def tell(self, happening: Happening) -> None:
-        """Something happened."""
-        if isinstance(happening, Begun):
-            self._events.append(self._started(happening))
-        elif isinstance(happening, Grown):
-            self._grow(happening)
-        elif happening.error is not None:
-            self._error.append(happening.error)
-        else:
-            self._finish(happening)
-
-    def collect(self) -> list[Mail]:
-        """What happened since the last time."""
-        mail: list[Mail] = [tuple(self._events)] if self._events else []
-        mail += self._error
-        self._events, self._error = [], []
-        return mail
-
-    def _started(self, begun: Begun) -> Started:
-        return Started(
-            begun.prompt_tokens,
-            begun.cached_tokens,
-            begun.demo_tokens + self._saved,
-            begun.demo_tokens,
-            (begun.began - self._arrived) * 1000,
-            begun.running,
-        )
-
-    def _grow(self, grown: Grown) -> None:
-        index, transcript = grown.index, self._answers[grown.index]
-        self._mark_first_token(index)
-        self._events.append(self._piece(index, transcript.add(grown.token, grown.likelihood)))
-        if transcript.stopped:
-            self.job.stopped.add(index)
-            self._events.append(Finished(index, "stop", transcript.tokens, self._ttft_ms[index]))
-
-    def _finish(self, ended: Ended) -> None:
-        index, transcript = ended.index, self._answers[ended.index]
-        # An answer that ends at once has the end token as its first.
-        self._mark_first_token(index)
-        rest = self._piece(index, transcript.end())
-        if rest.text or rest.logprobs:
-            self._events.append(rest)
-        self._events.append(Finished(index, ended.reason, transcript.tokens, self._ttft_ms[index]))
-
-    def _piece(self, index: int, told: Told) -> Piece:
-        return Piece(index, told.text, tuple(spell(one, self._texts) for one in told.likelihoods))
-
-    def _mark_first_token(self, index: int) -> None:
-        if index not in self._ttft_ms:
-            self._ttft_ms[index] = (time.monotonic() - self._arrived) * 1000
-
-
-def _late(question: Question) -> DeadlineError:
-    return DeadlineError(f"the answer took longer than the {question.seconds:g} seconds that it may take")
