@@ -40,6 +40,8 @@ from tests.serving import (
 
 RUNNING = "RUNNING"
 CLIENTS = 4
+# So that a kill meets work under way.
+LONG, SHOTS = 200, 12
 DEADLINE_SECONDS = 60.0
 RECOVERY_SECONDS = 60.0
 # An ingress that dies takes its connections along: whoever asked has to ask again, as OpenAI's client does.
@@ -70,24 +72,20 @@ def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 Request = Mapping[str, Any]
 
 
-def questions(first: int) -> list[Request]:
-    """Questions of all kinds, other ones for each `first`: plain, drawn, written out, fused."""
-    seeds = range(first, first + 3)
+def questions(first: int, deployment: str) -> list[Request]:
+    """Questions that keep a deployment busy, other ones for each `first`."""
+    picture = [asked(first)]
+    if deployment == app.COMPRESSOR:
+        shown = [*told(*range(first, first + SHOTS)), *picture]
+        return [
+            {"model": FUSES, "messages": shown, "extra_body": {"demonstrations": "fused"}, "max_tokens": 4}
+        ]
+    full = [*told(first, first + 1), *picture]
     return [
-        {"model": BASE, "messages": [asked(first)], "max_tokens": 40},
-        {"model": BASE, "messages": [asked(first)], "max_tokens": 40, "temperature": 1.0, "seed": first},
-        {
-            "model": FUSES,
-            "messages": [*told(*seeds), asked(first)],
-            "extra_body": {"demonstrations": "full"},
-            "max_tokens": 20,
-        },
-        {
-            "model": FUSES,
-            "messages": [*told(*seeds), asked(first)],
-            "extra_body": {"demonstrations": "fused"},
-            "max_tokens": 20,
-        },
+        {"model": BASE, "messages": picture, "max_tokens": LONG},
+        {"model": BASE, "messages": picture, "max_tokens": LONG, "temperature": 1.0, "seed": first},
+        {"model": FUSES, "messages": full, "max_tokens": LONG, "extra_body": {"demonstrations": "full"}},
+        {"model": FUSES, "messages": full, "max_tokens": LONG, "extra_body": {"demonstrations": "fused"}},
     ]
 
 
@@ -104,20 +102,21 @@ class Load:
     """Clients that ask one question after the other, and what they were told."""
 
     run: RunConfig
-    retries: int
-    streams: bool
+    deployment: str
     told: list[tuple[Request, str]] = field(default_factory=list)
     slowest: float = 0.0
     ended: threading.Event = field(default_factory=threading.Event)
 
     def ask_on(self, number: int) -> None:
-        with client_of(self.run, self.retries) as client:
+        is_ingress = self.deployment == app.INGRESS
+        with client_of(self.run, INGRESS_RETRIES if is_ingress else 0) as client:
             for turn in itertools.count():
-                for request in questions(1000 * number + 10 * turn):
+                for request in questions(10_000 * number + SHOTS * turn, self.deployment):
                     if self.ended.is_set():
                         return
                     began = time.monotonic()
-                    stream = self.streams and bool(turn % 2)
+                    # What was half read of a stream is not asked for again by a client.
+                    stream = not is_ingress and bool(turn % 2)
                     self.told.append((request, ask(client, request, stream)))
                     self.slowest = max(self.slowest, time.monotonic() - began)
 
@@ -158,8 +157,7 @@ def kill_under_load(run: RunConfig, deployment: str, kills: int, seed: int) -> L
     rng = random.Random(seed)
     before = {app.INGRESS: 1, app.COMPRESSOR: 1, app.GENERATOR: 2}
     wait_until(lambda: all_run(before), "all replicas run")
-    is_ingress = deployment == app.INGRESS
-    load = Load(run, retries=INGRESS_RETRIES if is_ingress else 0, streams=not is_ingress)
+    load = Load(run, deployment)
     with load.going():
         for _ in range(kills):
             count = len(load.told)
