@@ -94,9 +94,10 @@ def _quickstart(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     recipe = None if given.recipe is None else find_recipe(given.recipe)
     output = output_folder(given.output)
-    with cluster(verbose=given.verbose):
-        from pipelines.quickstart import quickstart
+    # Before the cluster quietens its loggers, see `_serve`.
+    from pipelines.quickstart import quickstart
 
+    with cluster(verbose=given.verbose):
         quickstart(output, recipe)
     return 0
 
@@ -221,7 +222,6 @@ def _serve(arguments: list[str]) -> int:
         given = _parse_run("serve build", arguments[1:], {"--out": {"metavar": "FILE", "help": "to write"}})
         from pipelines.serve import commands
 
-        # Ray says how GPUs are shared out only where it runs: on the cluster.
         return _print(commands.build(given.run, given.own["--out"] or "serve.yaml"))
     own: Flags = {"--check": {"action": "store_true", "help": "look at all it needs, and start nothing"}}
     given = _parse_run("serve", arguments, own)
@@ -233,9 +233,10 @@ def _serve(arguments: list[str]) -> int:
         if not found["passed"]:
             raise ConfigError("\n".join(one["says"] for one in found["findings"] if not one["passed"]))
         return 0
-    with _running(given) as (run, _):
-        from pipelines.serve import commands
+    # Before the cluster quietens its loggers: Ray Serve gives its own a level when it is imported.
+    from pipelines.serve import commands
 
+    with _running(given) as (run, _):
         commands.serve(run)
     return 0
 
