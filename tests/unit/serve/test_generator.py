@@ -304,21 +304,32 @@ def test_answer_that_takes_too_long_ends_with_its_deadline(shared: Generator) ->
         use(shared, question(model="tiny@aim", seconds=0.05, fusion=Fusion("n", (31,), (6,), 0, never())))
 
 
-def test_stream_that_is_left_frees_its_rows(fresh: Generator) -> None:
-    engine = fresh._shared.engine
+def test_stream_that_is_left_frees_its_rows(fresh: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, steps = fresh._shared.engine, list[int]()
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: (steps.append(engine.running), step())[1])
 
-    async def leave() -> None:
+    async def until_idle() -> int:
+        begun = len(steps)
+        while not engine.idle:
+            await asyncio.sleep(0.001)
+        return len(steps) - begun
+
+    async def leave() -> tuple[int, int]:
         groups = fresh.stream(question(samplings=(Sampling(1900),) * 3))
         await anext(groups)
         assert engine.running == 3
         await groups.aclose()
+        first = await until_idle()
         task = asyncio.create_task(fresh.answer(question(most=1900)))
-        await asyncio.sleep(0.1)
+        while not engine.running:
+            await asyncio.sleep(0.001)
         task.cancel()
-        while not engine.idle:
-            await asyncio.sleep(0.01)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return first, await until_idle()
 
-    asyncio.run(asyncio.wait_for(leave(), 20))
+    assert max(asyncio.run(asyncio.wait_for(leave(), 60))) < 50
     assert engine.running == 0
 
 
