@@ -75,6 +75,8 @@ class Asked:
     """What came of one request; milliseconds, seen by the client."""
 
     ttft_ms: float
+    replica_ms: float
+    """The same as the replica tells it, from when the question came there."""
     whole_ms: float
     text: str
     usage: Mapping[str, Any]
@@ -84,7 +86,10 @@ def episodes(count: int, work: Path) -> list[Episode]:
     """Two-way questions with 8 demonstrations of each class, of the corpus that is shipped."""
     corpus = open_shards(resolve("embedded:open_emoji"), work)
     both = 2 * SHOTS_PER_CLASS
-    stage = ShotStage(episodes=count, min_shots_of_both_classes=both, max_shots_of_both_classes=both)
+    # Not every number has an episode.
+    stage = ShotStage(
+        episodes=count + count // 2, min_shots_of_both_classes=both, max_shots_of_both_classes=both
+    )
     rows = drawn_episodes(corpus, EpisodeConfig(part="held_out_concepts", stages=(stage,), seed=1))
 
     def message(turn: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +98,7 @@ def episodes(count: int, work: Path) -> list[Episode]:
         return {"role": "user", "content": [picture, {"type": "text", "text": turn["question"]}]}
 
     made = []
-    for row in rows:
+    for row in rows[:count]:
         *turns, query = row["turns"]
         shown = [(message(turn), {"role": "assistant", "content": turn["answer"]}) for turn in turns]
         made.append(Episode(shown, message(query), row["answer"]))
@@ -103,7 +108,7 @@ def episodes(count: int, work: Path) -> list[Episode]:
 def ask(client: httpx.Client, body: Body) -> Asked:
     """Send a request and follow its stream to the end."""
     content = json.dumps({**body, "stream_options": {"include_usage": True}}).encode()
-    begun, first, text, usage = time.perf_counter(), 0.0, "", dict[str, Any]()
+    begun, first, text, usage, told = time.perf_counter(), 0.0, "", dict[str, Any](), dict[str, Any]()
     headers = {"content-type": "application/json"}
     with client.stream("POST", "/v1/chat/completions", content=content, headers=headers) as response:
         if response.status_code != httpx.codes.OK:
@@ -113,12 +118,12 @@ def ask(client: httpx.Client, body: Body) -> Asked:
                 continue
             event = json.loads(line.removeprefix("data: "))
             assert "error" not in event, event
-            usage = event.get("usage") or usage
+            usage, told = event.get("usage") or usage, event.get("mmicl") or told
             piece = "".join(choice["delta"].get("content") or "" for choice in event["choices"])
             first = first or (time.perf_counter() if piece else 0.0)
             text += piece
     ended = time.perf_counter()
-    return Asked(((first or ended) - begun) * 1000, (ended - begun) * 1000, text, usage)
+    return Asked(((first or ended) - begun) * 1000, told["ttft_ms"], (ended - begun) * 1000, text, usage)
 
 
 def side_by_side(url: str, bodies: Sequence[Body], clients: int) -> tuple[list[Asked], float]:

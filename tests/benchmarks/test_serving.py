@@ -91,19 +91,16 @@ Ways = Mapping[str, Callable[[int], Asked]]
 def ways_to_ask(client: httpx.Client, shown: list[Episode], packs: list[str]) -> Ways:
     """Each answers the question of a round."""
 
-    def twice(body: Mapping[str, Any]) -> Asked:
-        # The first fills the cache of keys and values.
-        ask(client, body)
-        return ask(client, body)
-
+    # In each round, what fills a cache comes before what finds it filled.
     return {
         "no demonstrations": lambda n: ask(client, shown[n].body(BASE, shown=False)),
-        "pack": lambda n: twice(shown[n].body(FUSES, shown=False, demo_pack=packs[n])),
-        "pack, first request": lambda n: ask(
-            client, shown[n].body(FUSES, shown=False, demo_pack={"id": packs[n], "select": 16})
+        "pack, for the first time": lambda n: ask(
+            client, shown[n].body(FUSES, shown=False, demo_pack=packs[n])
         ),
+        "pack": lambda n: ask(client, shown[n].body(FUSES, shown=False, demo_pack=packs[n])),
         "written out, another order each time": lambda n: ask(client, shown[n].body(BASE, reordered=n)),
-        "written out, warm cache of exactly these": lambda n: twice(shown[n].body(BASE)),
+        "written out, for the first time": lambda n: ask(client, shown[n].body(BASE)),
+        "written out, warm cache of exactly these": lambda n: ask(client, shown[n].body(BASE)),
         "fused, another order each time": lambda n: ask(
             client, shown[n].body(FUSES, reordered=n, demonstrations="fused")
         ),
@@ -120,14 +117,12 @@ def test_first_token_comes_five_times_sooner_behind_a_pack_than_behind_written_d
 ) -> None:
     with httpx.Client(base_url=url, timeout=60) as client:
         ways = ways_to_ask(client, asked_episodes, packs)
-        interleaved(ways, WARM_UP)
+        interleaved({"no demonstrations": ways["no demonstrations"]}, WARM_UP)
         found = interleaved(ways, QUERIES)
     told = {
         name: percentiles([one.ttft_ms for one in answers])
         | {
-            "in the generator, p50": round(median(one.usage["ttft_ms"] for one in answers), 1)
-            if "ttft_ms" in answers[0].usage
-            else None,
+            "in the generator, p50": round(median(one.replica_ms for one in answers), 1),
             "accuracy": accuracy(answers, asked_episodes),
             "prompt tokens": round(median(one.usage["prompt_tokens"] for one in answers)),
         }
