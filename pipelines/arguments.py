@@ -8,9 +8,10 @@ from typing import Any, NoReturn
 
 from mmicl_core.errors import ConfigError
 
-__all__ = ["RECIPES", "Parser", "find_recipe", "output_folder", "positive"]
+__all__ = ["RECIPES", "STAGES", "Parser", "find_recipe", "output_folder", "positive", "read_stages"]
 
 RECIPES = Path(__file__).parent / "recipes"
+STAGES = ("episodes", "train", "evaluate")
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +34,19 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return int(text)
+
+
+def read_stages(text: str) -> list[str]:
+    """The stages of a chain, as in `episodes,train`.
+
+    Raises:
+        ConfigError: one of them is none.
+    """
+    stages = text.split(",")
+    wrong = [stage for stage in stages if stage not in STAGES]
+    if wrong:
+        raise ConfigError(f"{wrong[0]!r} is no stage of a chain; these are: {', '.join(STAGES)}")
+    return stages
 
 
 def find_recipe(name: str) -> Path:

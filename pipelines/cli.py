@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmicl_core.config.run import RunConfig
 from mmicl_core.errors import ConfigError, find_mistake
-from pipelines.arguments import Parser, find_recipe, output_folder, positive
-from pipelines.environment import cluster, prepare_process, quieten
+from pipelines.arguments import STAGES, Parser, find_recipe, output_folder, positive, read_stages
+from pipelines.environment import cluster, prepare_process, ray_outlives_the_program
 
 if TYPE_CHECKING:
     from pipelines.settings import RunArguments
@@ -74,10 +74,18 @@ def _parse_run(verb: str, arguments: Sequence[str], own: Flags | None = None) ->
 
 
 @contextmanager
-def _running(given: RunArguments) -> Iterator[tuple[RunConfig, Path]]:
-    """The settings and the folder of a run, on a cluster that is up."""
+def _running(given: RunArguments, *, spread: bool = False) -> Iterator[tuple[RunConfig, Path]]:
+    """The settings and the folder of a run, on a cluster that is up.
+
+    Args:
+        spread: whether all nodes of the cluster write to the folder.
+    """
     output = output_folder(given.output)
     with cluster(verbose=given.verbose):
+        if spread and ray_outlives_the_program():
+            from pipelines.preflight import check_output
+
+            check_output(output.absolute(), 0)
         yield given.run, output
 
 
@@ -148,7 +156,7 @@ def _episodes(arguments: list[str]) -> int:
         return _show_episode(arguments[1:])
     if arguments[:1] == ["preview"]:
         return _preview("episodes", "episodes", arguments[1:])
-    with _running(_parse_run("episodes", arguments)) as (run, output):
+    with _running(_parse_run("episodes", arguments), spread=True) as (run, output):
         from pipelines.episodes import build_episodes, describe
         from pipelines.stages import read_manifest
 
@@ -209,7 +217,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    with _running(_parse_run("evaluate", arguments)) as (run, output):
+    with _running(_parse_run("evaluate", arguments), spread=True) as (run, output):
         from pipelines.evaluate import evaluate
 
         return _print(evaluate(run, output))
@@ -256,41 +264,35 @@ def _keep_keys(arguments: list[str]) -> int:
     return _print(keep_keys(given.action, given.file, getattr(given, "name", None)))
 
 
+def _chain(arguments: list[str]) -> int:
+    named = bool(arguments) and not arguments[0].startswith("-")
+    stages, rest = (read_stages(arguments[0]), arguments[1:]) if named else (STAGES, arguments)
+    # Every stage takes the same flags, and a mistake among them shall not wait for the last one.
+    with _running(_parse_run("chain", rest)):
+        for stage in stages:
+            code = VERBS[stage].run(rest)
+            if code:
+                return code
+    return 0
+
+
 def _submit(arguments: list[str]) -> int:
-    parser = Parser(
-        prog="mmicl submit",
-        usage="mmicl submit VERB --address URL [--dry-run] [what VERB takes]",
-        description=VERBS["submit"].about,
-    )
-    parser.add_argument("verb", metavar="VERB", choices=RUN_VERBS, help=", ".join(RUN_VERBS))
-    parser.add_argument("--address", required=True, help="of the cluster's dashboard, http://HOST:8265")
-    parser.add_argument("--dry-run", action="store_true", help="print the job instead of submitting it")
-    parser.add_argument("--recipe", help="as VERB takes it; a file must lie in the checkout")
-    given, rest = parser.parse_known_args(arguments)
+    from pipelines.submission import submit
 
-    from cluster.submit import checkout, describe, inside, submit
-
-    root = checkout()
-    recipe: list[str] = []
-    if given.recipe is not None:
-        recipe = ["--recipe", inside(root, find_recipe(given.recipe))]
-    # A mistake shall not cost the way to the cluster and back.
-    _parse_run(given.verb, [*recipe[:1], *map(str, map(root.joinpath, recipe[1:])), *rest])
-    command = [given.verb, *recipe, *rest]
-    if given.dry_run:
-        return _print(describe(root, command, given.address))
-    quieten()
-    return submit(root, command, given.address)
+    return submit(arguments, VERBS["submit"].about)
 
 
 def _doctor(arguments: list[str]) -> int:
     parser = Parser(prog="mmicl doctor", description=VERBS["doctor"].about)
     parser.add_argument("--backbone", help="also look into this model: a folder, or embedded:NAME")
+    parser.add_argument("--output", default="runs", help="folder of results (default: %(default)s)")
+    parser.add_argument("--bank", help="folder of a server's bank, as serve.bank names it")
+    parser.add_argument("--address", help="also compare with the cluster whose dashboard is here")
     given = parser.parse_args(arguments)
 
     from pipelines.doctor import examine
 
-    return MISTAKE if examine(given.backbone) else 0
+    return MISTAKE if examine(given.backbone, given.output, given.bank, given.address) else 0
 
 
 def _config(arguments: list[str]) -> int:
@@ -318,8 +320,9 @@ VERBS: Mapping[str, Verb] = {
     "episodes": Verb("read a corpus and draw episodes with hard negatives; show ID, preview", _episodes),
     "train": Verb("train what the recipe's method trains", _train),
     "evaluate": Verb("ask about held-out concepts, with and without demonstrations", _evaluate),
+    "chain": Verb("episodes, train, evaluate, one after another; or episodes,train", _chain),
     "serve": Verb("answer over an OpenAI-compatible API until Ctrl-C; --check, build, keys", _serve),
-    "submit": Verb("run a verb on a Ray cluster, from this checkout", _submit),
+    "submit": Verb("run a verb on a Ray cluster, from this checkout; list, logs, status, stop", _submit),
     "doctor": Verb("look for what is missing on this machine", _doctor),
     "config": Verb("print the settings of a run, or the schema of all settings", _config),
 }
@@ -333,7 +336,6 @@ ABOUT_KEYS = {
     "list": "name those that there are",
     "remove": "have a key refused from now on",
 }
-RUN_VERBS = ("episodes", "train", "evaluate", "serve")
 
 
 if __name__ == "__main__":

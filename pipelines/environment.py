@@ -8,6 +8,8 @@ The module that knows the environment. Variables that it reads:
                     set by Ray inside a job.
     PYTHONPATH      kept, with the folder of this checkout before it.
     OPENAI_API_KEY  by which a server that is evaluated knows us.
+    RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH
+                    whether a cluster is shown a token, and which, as Ray itself reads them.
 
 Variables that it sets unless they are set, before the libraries that read them are imported:
 
@@ -28,6 +30,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mmicl_core.errors import ConfigError
+
 __all__ = [
     "DEFAULTS",
     "LEAST_CPUS",
@@ -37,6 +41,7 @@ __all__ = [
     "prepare_process",
     "quieten",
     "ray_outlives_the_program",
+    "ray_token",
 ]
 
 DEFAULTS: Mapping[str, str] = {
@@ -50,6 +55,11 @@ DEFAULTS: Mapping[str, str] = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # Keeps what Ray does today, without the warning that it will change.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    # Ray Serve answers in less time by gRPC than by actor calls, and without changing threads; the server's
+    # replicas keep what takes long off their event loops. A cluster sets these for all its nodes.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     # Nothing is sent anywhere.
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -63,6 +73,8 @@ STDERR = 2
 INSIDE_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 PYTHONPATH = "PYTHONPATH"
 ENDPOINT_KEY = "OPENAI_API_KEY"
+AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+AUTH_FILE = Path(".ray", "auth_token")
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
 CODE = Path(__file__).resolve().parents[1]
 # Two workers train together, and a machine with one CPU can run both by turns.
@@ -188,6 +200,29 @@ def _stderr_without(text: str) -> Iterator[None]:
 def endpoint_key() -> str:
     """What an OpenAI-compatible server knows us by; servers without keys take any."""
     return os.environ.get(ENDPOINT_KEY, "none")
+
+
+def ray_token() -> tuple[str | None, str]:
+    """The token to show to a cluster, if any, and where it comes from or why there is none.
+
+    Raises:
+        ConfigError: RAY_AUTH_TOKEN_PATH names no file.
+    """
+    if os.environ.get(AUTH_MODE, "").lower() == "disabled":
+        return None, f"{AUTH_MODE}=disabled"
+    if token := os.environ.get(AUTH_TOKEN, "").strip():
+        return token, AUTH_TOKEN
+    named = os.environ.get(AUTH_TOKEN_PATH)
+    file = Path(named) if named else Path.home() / AUTH_FILE
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        if named:
+            raise ConfigError(
+                f"{AUTH_TOKEN_PATH}={named} cannot be read ({error.strerror}): name the file of the token"
+            ) from error
+        token = ""
+    return (token, str(file)) if token else (None, f"neither {AUTH_TOKEN} nor {file}")
 
 
 def _worker_environment() -> dict[str, str]:

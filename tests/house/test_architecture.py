@@ -42,8 +42,9 @@ MAY_IMPORT = {
     "mmicl_core.evaluation": MODEL | {"mmicl_core.backbones", "mmicl_core.methods"},
     "mmicl_core.serving": MODEL | {"mmicl_core.backbones", "mmicl_core.methods"},
     "pipelines": {"mmicl_core"},
-    # The one place where a verb hands itself over to a cluster.
-    "pipelines.cli": {"mmicl_core", "pipelines", "cluster.submit"},
+    # Where a verb hands itself over to a cluster, and where a machine is compared with one.
+    "pipelines.submission": {"mmicl_core", "pipelines", "cluster"},
+    "pipelines.doctor": {"mmicl_core", "pipelines", "cluster.checks", "cluster.client"},
     # Programs are commands to it; what it shares is how a mistake is told.
     "cluster": {"mmicl_core.errors"},
 }

@@ -70,6 +70,7 @@ def test_help_names_every_verb_without_importing_a_program():
         "episodes",
         "train",
         "evaluate",
+        "chain",
         "serve",
         "submit",
         "doctor",
@@ -110,6 +111,10 @@ def test_mistake_ends_the_process_with_one_sentence_and_code_2(tmp_path):
         ),
         (["submit", "train"], "required: --address"),
         (["submit", "config", "--address", "x"], "invalid choice: 'config'"),
+        (["submit", "episodes,serve", "--address", "x"], "'serve' is no stage of a chain"),
+        (["submit", "logs", "--address", "x"], "required: JOB"),
+        (["chain", "train,serve"], "'serve' is no stage of a chain"),
+        (["chain", "--train.stepz", "3"], "did you mean --train.steps?"),
         (["submit", "train", "--address", "x", "--train.stepz", "3"], "did you mean --train.steps?"),
         (["submit", "train", "--address", "x", "--recipe", __file__ + "x"], "does not exist"),
     ],
@@ -162,6 +167,34 @@ def test_mistake_found_by_a_program_is_one_sentence_after_the_cluster_is_down(
     assert cli.main(["evaluate", "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "mmicl: corpus x holds no shard\n"
     assert no_ray[-1] == "down"
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """The stages of a chain, which write themselves down; their exit codes can be set."""
+    ran, codes = [], {}
+
+    def stand_in(name: str) -> cli.Verb:
+        return cli.Verb("", lambda arguments: ran.append((name, *arguments)) or codes.get(name, 0))
+
+    monkeypatch.setattr(cli, "VERBS", cli.VERBS | {name: stand_in(name) for name in cli.STAGES})
+    return ran, codes
+
+
+def test_chain_runs_its_stages_one_after_another_with_the_same_flags(tmp_path, no_ray, stages):
+    flags = ["--output", str(tmp_path), "--train.steps", "3"]
+    assert cli.main(["chain", *flags]) == 0
+    assert stages[0] == [("episodes", *flags), ("train", *flags), ("evaluate", *flags)]
+    stages[0].clear()
+    assert cli.main(["chain", "train,evaluate", *flags]) == 0
+    assert [name for name, *_ in stages[0]] == ["train", "evaluate"]
+
+
+def test_chain_ends_with_the_first_stage_that_fails(tmp_path, no_ray, stages):
+    ran, codes = stages
+    codes["train"] = 3
+    assert cli.main(["chain", "--output", str(tmp_path)]) == 3
+    assert [name for name, *_ in ran] == ["episodes", "train"]
 
 
 def test_mistake_found_by_a_worker_is_told_without_the_tracebacks_around_it(

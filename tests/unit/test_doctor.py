@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import socket
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 from mmicl_core.backbones.hugging_face import ROLES
 from mmicl_core.errors import BackboneError
 from mmicl_core.methods import METHODS
-from pipelines import cli, doctor
+from pipelines import cli, doctor, machine
 from tests.fakes import tiny_backbone
+from tests.job_server import FakeJobServer
 
 
 @pytest.fixture
@@ -16,14 +19,26 @@ def healthy(monkeypatch) -> None:
     monkeypatch.setattr(doctor, "ASSETS", {"open_emoji": "split.json"})
 
 
-def test_doctor_finds_nothing_wrong_where_everything_is_there(capsys, healthy):
-    assert cli.main(["doctor"]) == 0
+def test_doctor_finds_nothing_wrong_where_everything_is_there(capsys, healthy, tmp_path):
+    assert cli.main(["doctor", "--output", str(tmp_path), "--bank", str(tmp_path / "bank")]) == 0
     told = capsys.readouterr()
     assert told.err == ""
-    assert f"torch {version('torch')}" in told.out
-    assert "CPUs" in told.out
-    assert "GPUs" in told.out
-    assert "embedded:open_emoji is there" in told.out
+    assert all(line.startswith(("ok    ", "note  ")) for line in told.out.splitlines())
+    for said in (
+        "CPUs",
+        "GPUs",
+        f"torch {version('torch')}",
+        f"--output {tmp_path} can be written",
+        f"--bank {tmp_path / 'bank'} can be written",
+        "/dev/shm",
+        "open files",
+        "port 8000 (serve.port) is",
+        "port 8265 (Ray's dashboard) is",
+        "token",
+        "embedded:open_emoji is there",
+    ):
+        assert said in told.out
+    assert not list(tmp_path.iterdir()), "looking leaves nothing behind"
 
 
 def test_missing_asset_is_a_problem_with_a_remedy(capsys, monkeypatch):
@@ -35,14 +50,113 @@ def test_missing_asset_is_a_problem_with_a_remedy(capsys, monkeypatch):
 
 
 def test_missing_package_is_a_problem_and_another_version_is_a_remark():
-    lines, problems = doctor.version_lines({"numpy": "0.0.1"}, ["numpy", "no-such-package"])
-    assert lines == [f"numpy {version('numpy')} (tested with 0.0.1)"]
-    assert problems == ["no-such-package is not installed: pip install -c constraints.txt mmicl"]
+    other, missing = doctor.signs_of_versions({"numpy": "0.0.1"}, {}, ["numpy", "no-such-package"])
+    assert other.says == f"numpy {version('numpy')} (tested with 0.0.1)"
+    assert other.remedy is not None and not other.stops
+    assert missing.says == "no-such-package is not installed"
+    assert missing.stops and "pip install -c constraints.txt" in missing.remedy
+
+
+def test_package_that_is_too_old_is_a_problem():
+    (sign,) = doctor.signs_of_versions({}, {"numpy": "99.1"}, ["numpy"])
+    assert sign.stops
+    assert sign.says == f"numpy {version('numpy')} is older than 99.1, which the project needs"
 
 
 def test_build_of_the_tested_version_is_no_remark():
     pins = {"torch": version("torch").partition("+")[0]}
-    assert doctor.version_lines(pins, ["torch"])[0] == [f"torch {version('torch')}"]
+    (sign,) = doctor.signs_of_versions(pins, pins, ["torch"])
+    assert (sign.says, sign.remedy) == (f"torch {version('torch')}", None)
+
+
+def test_installed_project_says_what_it_needs_where_no_constraints_lie(
+    capsys, healthy, monkeypatch, tmp_path
+):
+    minima = doctor.read_minima()
+    assert minima["ray"] >= "2.60" and minima["pydantic-settings"] >= "2"
+    # Extras are no need.
+    assert "spacy" not in minima
+    monkeypatch.setattr(doctor, "CONSTRAINTS", tmp_path / "constraints.txt")
+    assert cli.main(["doctor", "--output", str(tmp_path)]) == 0
+    assert f"ok    ray {version('ray')}\n" in capsys.readouterr().out
+
+
+def test_folder_that_cannot_be_written_is_a_problem(capsys, healthy, tmp_path):
+    assert cli.main(["doctor", "--output", "/proc/nowhere", "--bank", "/proc/bank"]) == 2
+    output, bank = capsys.readouterr().err.splitlines()
+    assert output.startswith("mmicl: --output /proc/nowhere cannot be written (")
+    assert bank.startswith("mmicl: --bank /proc/bank cannot be written (") and "name another folder" in bank
+
+
+def test_disk_without_room_is_a_problem(capsys, healthy, monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "LEAST_FREE_BYTES", 2**80)
+    assert cli.main(["doctor", "--output", str(tmp_path)]) == 2
+    assert "bytes free: make room" in capsys.readouterr().err
+
+
+def found(says: str, tmp_path: Path) -> machine.Sign:
+    (sign,) = (sign for sign in machine.signs_of_machine(str(tmp_path), None) if says in sign.says)
+    return sign
+
+
+def test_port_that_is_taken_is_a_remark(monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(machine, "PORTS", {port: "serve.port"})
+        sign = found(f"port {port} (serve.port) is taken", tmp_path)
+    assert sign.remedy is not None and not sign.stops
+
+
+def test_small_shared_memory_few_open_files_and_a_full_disk_are_remarks(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "STORE_SHARE", 1000.0)
+    assert "--shm-size" in found("/dev/shm", tmp_path).remedy
+    monkeypatch.setattr(machine, "OPEN_FILES", 2**40)
+    assert "ulimit -n" in found("open files", tmp_path).remedy
+    monkeypatch.setattr(machine, "FULL_SHARE", -1.0)
+    assert "make room" in found("keeps its sessions", tmp_path).remedy
+
+
+def test_gpus_that_torch_does_not_see_are_a_remark(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "GPUS", "null")
+    monkeypatch.setattr(machine.torch.cuda, "device_count", lambda: 0)
+    assert "nvidia-smi" in found("this machine has 1 GPUs, torch sees 0", tmp_path).remedy
+
+
+def test_container_has_the_memory_that_it_was_given(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("1000000000\n")
+    monkeypatch.setattr(machine, "MEMORY_LIMIT", tmp_path / "memory.max")
+    assert "memory 1.0 GB" in found("/dev/shm", tmp_path).says
+    (tmp_path / "memory.max").write_text("max\n")
+    assert "memory 1.0 GB" not in found("/dev/shm", tmp_path).says
+
+
+def test_token_is_told_by_where_it_is_and_never_itself(monkeypatch, tmp_path):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert found("no token for a cluster", tmp_path).remedy is None
+    file = tmp_path / "token"
+    file.write_text("t0")
+    file.chmod(0o600)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+    assert found("a token for a cluster", tmp_path).says.endswith(f", from {file}")
+    file.chmod(0o644)
+    assert found("can be read by others", tmp_path).remedy == f"chmod 600 {file}"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    assert found("RAY_AUTH_TOKEN_PATH=", tmp_path).stops
+
+
+def test_cluster_with_another_ray_is_a_problem_that_names_both(capsys, healthy, tmp_path):
+    doctor_of = ["doctor", "--output", str(tmp_path), "--address"]
+    with FakeJobServer() as server:
+        assert cli.main([*doctor_of, server.address]) == 0
+        assert f"ok    ray: {version('ray')} on both sides\n" in capsys.readouterr().out
+        server.ray = "2.61.0"
+        assert cli.main([*doctor_of, server.address]) == 2
+        said = capsys.readouterr().err
+        assert f"runs Ray 2.61.0, and Ray {version('ray')} is installed here: give both" in said
+    assert cli.main([*doctor_of, "http://127.0.0.1:1"]) == 2
+    assert "does not answer (" in capsys.readouterr().err
 
 
 def test_stack_is_pinned():
@@ -84,6 +198,6 @@ def test_doctor_tells_what_each_method_would_train_of_a_backbone(capsys, healthy
 
 def test_folder_that_is_no_backbone_is_a_mistake(capsys, healthy, tmp_path):
     with pytest.raises(BackboneError):
-        doctor.examine(str(tmp_path))
+        doctor.examine(str(tmp_path), str(tmp_path))
     assert cli.main(["doctor", "--backbone", str(tmp_path)]) == 2
     assert "has no config.json" in capsys.readouterr().err
