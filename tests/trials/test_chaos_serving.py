@@ -49,6 +49,7 @@ INGRESS_RETRIES = 12
 SOAK_SECONDS, WARM_SECONDS, PEAK_SECONDS = 600.0, 120.0, 20.0
 SHARE_OF_PEAK = 0.8
 FLAT = 1.05
+KEPT_BYTES = 2**20
 FEW_FILES = 8
 
 
@@ -60,6 +61,10 @@ def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         compressor=ReplicasConfig(fewest=1, most=1, **small),
         generator=ReplicasConfig(fewest=2, most=2, **small),
         request_seconds=DEADLINE_SECONDS,
+        # So small that they are full before it is looked at what is kept.
+        prefix_bytes=KEPT_BYTES,
+        bank_memory_bytes=KEPT_BYTES,
+        bank_disk_bytes=KEPT_BYTES,
     )
     with pytest.MonkeyPatch.context() as patch:
         # Ray outlives this server, which must leave nothing on it.
@@ -203,7 +208,7 @@ class Held:
     files: int
     threads: int
     shared_objects: int
-    bank_files: int
+    bank_bytes: int
 
 
 def held(run: RunConfig) -> Held:
@@ -217,7 +222,7 @@ def held(run: RunConfig) -> Held:
         files=sum(process.num_fds() for process in found.values()),
         threads=sum(process.num_threads() for process in found.values()),
         shared_objects=objects_in_store(),
-        bank_files=sum(1 for path in Path(run.serve.bank).rglob("*") if path.is_file()),
+        bank_bytes=sum(path.stat().st_size for path in Path(run.serve.bank).rglob("*.safetensors")),
     )
 
 
@@ -288,6 +293,7 @@ def test_ten_minutes_of_load_and_of_packs_that_come_and_go_leave_nothing_behind(
     assert after.files <= before.files + FEW_FILES
     assert after.threads <= before.threads + FEW_FILES
     assert after.shared_objects <= before.shared_objects
+    assert after.bank_bytes < 2 * KEPT_BYTES
     with client_of(run) as client:
         assert client.get("/demo_packs", cast_to=dict)["data"] == []
     assert psutil.virtual_memory().percent < 95
