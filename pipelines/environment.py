@@ -55,9 +55,9 @@ DEFAULTS: Mapping[str, str] = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # Keeps what Ray does today, without the warning that it will change.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
-    # Ray Serve answers in less time by gRPC than by actor calls, and without changing threads; the server's
-    # replicas keep what takes long off their event loops. A cluster sets these for all its nodes.
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # Ray Serve's proxy reaches replicas in less time by gRPC, and replicas answer sooner without changing
+    # threads: ours keep what takes long off their event loops. A cluster sets these for all its nodes.
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     # Nothing is sent anywhere.

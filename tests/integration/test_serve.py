@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -204,9 +206,13 @@ def test_client_that_hangs_up_frees_the_generator(client):
 
 def growing() -> int:
     """Answers that grow in the generator, with the one that finds it out."""
-    handle = serve.get_deployment_handle(app.GENERATOR, app.APPLICATION)
+
+    async def ask() -> Any:
+        # A handle of this program belongs to a running loop.
+        return await serve.get_deployment_handle(app.GENERATOR, app.APPLICATION).answer.remote(question)
+
     question = Question(BASE, (Turn((), "This is", ""),), {}, (Sampling(1),), 10.0)
-    return handle.answer.remote(question).result()[0].batch
+    return asyncio.run(ask())[0].batch
 
 
 def test_adapter_is_exchanged_while_answers_are_asked_for_and_none_is_lost(client, run, tmp_path):
