@@ -43,6 +43,7 @@ from pipelines.serve.premises import (
     refuse_unfinished_model,
     user_config,
 )
+from pipelines.serve.vllm_generator import VllmGenerator
 
 __all__ = [
     "APPLICATION",
@@ -107,7 +108,8 @@ def build(run: RunConfig) -> Application:
         return made.options(version=version, _internal=True)
 
     compressor = deployment(Compressor, COMPRESSOR, **_options(config.compressor, config))
-    generator = deployment(Generator, GENERATOR, **_options(config.generator, config))
+    answers = Generator if config.vllm is None else VllmGenerator
+    generator = deployment(answers, GENERATOR, **_options(config.generator, config))
     kinds = (config.compressor, config.generator)
     waiting = sum(kind.at_once * kind.most + kind.queued for kind in kinds)
     ingress = deployment(

@@ -19,12 +19,12 @@ import torch
 from mmicl_core.bank import Bank
 from mmicl_core.config.serve import ServeConfig
 from mmicl_core.data.pictures import PreparedPicture
-from mmicl_core.errors import DataError, MmiclError
+from mmicl_core.errors import DataError
 from mmicl_core.methods.base import Method
 from mmicl_core.prompts import Turn
 from mmicl_core.serving.prefixes import Prefix
 from pipelines.serve.contracts import FusedTokens, Fusion, PackReference, Question
-from pipelines.serve.errors import RequestError, UnavailableError
+from pipelines.serve.errors import RequestError
 from pipelines.serve.loaded import Loaded
 from pipelines.serve.pictures import prepare_picture
 
@@ -73,7 +73,7 @@ class Preparation:
             DataError: a picture cannot be read; says which.
             BankError: the pack is gone, damaged, or of another model.
             RequestError: the model takes no fused demonstrations.
-            UnavailableError: fused tokens are lost with the replica that made them.
+            ObjectLostError: fused tokens are lost with the replica that made them.
         """
         fused: tuple[torch.Tensor, ...] = ()
         fusion = question.fusion
@@ -92,13 +92,9 @@ class Preparation:
         elif isinstance(fused, tuple):
             arrays = fused
         else:
-            try:
-                arrays = await fused
-            except MmiclError:
-                raise
-            # Ray's own errors, of objects whose owner has died.
-            except Exception as error:
-                raise UnavailableError(f"the fused demonstrations are lost: {error}") from error
+            # Where they died with the replica that made them, Ray's own error tells the ingress, which has
+            # them made again.
+            arrays = await fused
         width = loaded.method.backbone.width
         for number, array in enumerate(arrays, start=1):
             if array.ndim != 2 or array.shape[1] != width:

@@ -165,6 +165,11 @@ class Compressor:
                 "demo_pack.select",
             )
         query = unit_mean([vector for vector, _ in await self._look(pictures)])
+        if stored.vectors.shape[1] != len(query):
+            raise BankError(
+                f"pack {pack.pack_id} has vectors of {stored.vectors.shape[1]} numbers, the model's have "
+                f"{len(query)}: register its demonstrations again"
+            )
         # All have length 1, so that products are cosines; digits behind those of the vectors tell nothing.
         cosines = np.round(stored.vectors @ query, 6)
         order = np.argsort(-cosines, kind="stable")

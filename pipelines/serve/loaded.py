@@ -112,5 +112,7 @@ class LoadedModels:
             "backbone": self.backbone.identity,
             "template": method.chat.example,
             "adapter": adapter,
+            # Packs from elsewhere are held to it.
+            "width": str(self.backbone.width),
         }
         return ServedModel(model, kind, isinstance(method, Aim), maker, context_length(self.backbone))

@@ -14,12 +14,14 @@ from ray.serve.schema import ServeDeploySchema
 
 from mmicl_core.config.model import BackboneConfig
 from mmicl_core.config.run import RunConfig
-from mmicl_core.config.serve import ReplicasConfig, ServeConfig
+from mmicl_core.config.serve import ReplicasConfig, ServeConfig, VllmConfig
 from mmicl_core.errors import CheckpointError, ConfigError
 from mmicl_core.methods.adapter import adapter_identity
 from pipelines import cli
 from pipelines.serve import app
 from pipelines.serve.deploy_file import serve_config
+from pipelines.serve.generator import Generator
+from pipelines.serve.vllm_generator import VllmGenerator
 from tests.fakes import tiny_backbone
 from tests.methods import make_method
 
@@ -101,6 +103,12 @@ def test_adapter_that_was_trained_anew_in_its_folder_is_another(run, gpus, tmp_p
     after = deployments(run)[app.GENERATOR].user_config["adapters"]
     assert after["mine"]["identity"] != before["mine"]["identity"]
     assert after["aim"] == before["aim"]
+
+
+def test_vllm_answers_where_it_is_asked_for(run, gpus, tmp_path):
+    asked = changed(run, vllm=VllmConfig(language_model=str(tmp_path)))
+    assert deployments(asked)[app.GENERATOR].func_or_class is VllmGenerator
+    assert deployments(run)[app.GENERATOR].func_or_class is Generator
 
 
 def test_run_without_a_finished_model_or_without_its_adapter_is_refused(run, gpus):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import ObjectLostError, OwnerDiedError
 
 from mmicl_core.bank import Bank, Demonstration, Known, OtherMakerError, UnknownPackError
 from mmicl_core.errors import BankError, DataError
@@ -261,16 +262,16 @@ def test_fused_demonstrations_before_a_model_that_did_not_make_them_are_refused(
         use(shared, question(model="tiny@aim", fusion=narrow))
 
 
-def test_fused_tokens_that_are_lost_make_the_replica_unavailable_for_them(
+def test_fused_tokens_that_are_lost_are_told_to_the_ingress_as_ray_tells_it(
     folder: Path, fresh: Generator
 ) -> None:
     async def lost() -> Any:
-        raise RuntimeError("the owner has died")
+        raise OwnerDiedError("object", None, "")
 
     async def refused() -> Any:
         raise UnknownPackError("no such pack")
 
-    for fused, kind in ((lost(), UnavailableError), (refused(), BankError)):
+    for fused, kind in ((lost(), ObjectLostError), (refused(), BankError)):
         with pytest.raises(kind):
             use(fresh, question(model="tiny@aim", fusion=replace(fuse(folder, 1), fused=fused)))
 
