@@ -132,6 +132,9 @@ class ServeConfig(Config):
     max_images: int = Field(default=64, ge=1)
     """Most pictures of one request."""
 
+    max_text_characters: int = Field(default=2**17, ge=1)
+    """Most characters of all texts of one request: a generator takes texts apart while all others wait."""
+
     max_image_bytes: int = Field(default=4 * 2**20, ge=1024)
     """Largest picture, as sent."""
 

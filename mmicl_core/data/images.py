@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from mmicl_core.data import reasons
 from mmicl_core.errors import DataError
@@ -40,6 +41,20 @@ OTHER_KINDS = re.compile(
     re.S,
 )
 ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+JPEG, SCAN = b"\xff\xd8\xff", b"\xff\xda"
+# A progressive JPEG has about ten. Each costs a pass over the whole picture, and may take a few bytes.
+MOST_SCANS = 100
+# What Pillow's readers raise over files that are not as they must be.
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, MemoryError, struct.error, TypeError, LookupError)
 
 
 class PictureError(DataError):
@@ -105,7 +120,7 @@ def examine(data: bytes, *, max_pixels: int, side: int | None = None, suffix: st
         raise PictureError(reasons.TOO_MANY_PIXELS, f"the picture is too large: {error}") from error
     except UnidentifiedImageError as error:
         raise PictureError(reasons.NOT_A_PICTURE, "the bytes are not a readable picture") from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+    except BROKEN as error:
         if isinstance(error, PictureError):
             raise
         cut = "truncated" in str(error) or "Truncated" in str(error) or isinstance(error, EOFError)
@@ -127,6 +142,11 @@ def _refuse_what_is_no_picture(data: bytes) -> None:
         raise PictureError(reasons.EMPTY_PICTURE, "the picture is empty: 0 bytes")
     if PAGE.match(start):
         raise PictureError(reasons.WEB_PAGE, f"the bytes are a web page: {start[:60]!r}")
+    if data.startswith(JPEG) and (scans := data.count(SCAN)) > MOST_SCANS:
+        raise PictureError(
+            reasons.CORRUPT_PICTURE,
+            f"the picture is a JPEG of {scans} scans, {MOST_SCANS} are read: write it anew",
+        )
     if OTHER_KINDS.match(start):
         raise PictureError(
             reasons.UNSUPPORTED_FORMAT,
@@ -152,8 +172,9 @@ def _remark(picture: Image.Image, suffix: str) -> str:
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
-    if "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) != 1:
-        picture = ImageOps.exif_transpose(picture)
+    # Pillow's own way writes all notes anew, and fails over some that nobody reads.
+    if (turn := TURNS.get(_orientation(picture))) is not None:
+        picture = picture.transpose(turn)
     if picture.mode == "RGB" and "transparency" not in picture.info:
         picture.load()
         return picture.copy()
@@ -168,6 +189,17 @@ def _rgb(picture: Image.Image) -> Image.Image:
     white = Image.new("RGB", rgba.size, "white")
     white.paste(rgba, mask=rgba.getchannel("A"))
     return white
+
+
+def _orientation(picture: Image.Image) -> int:
+    if "exif" not in picture.info:
+        return 1
+    try:
+        found = picture.getexif().get(ORIENTATION, 1)
+    except BROKEN:
+        # Notes that cannot be read say nothing, and the picture is none the worse.
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def _reduce(picture: Image.Image, side: int | None) -> Image.Image:

@@ -39,6 +39,7 @@ __all__ = ["Compressor"]
 log = logging.getLogger("ray.serve")
 
 PREPARING_THREADS = 2
+UNIT_TOLERANCE = 1e-3
 
 Result = TypeVar("Result")
 
@@ -169,6 +170,12 @@ class Compressor:
             raise BankError(
                 f"pack {pack.pack_id} has vectors of {stored.vectors.shape[1]} numbers, the model's have "
                 f"{len(query)}: register its demonstrations again"
+            )
+        lengths = np.linalg.norm(stored.vectors.astype(np.float64), axis=1)
+        if np.any(np.abs(lengths - 1) > UNIT_TOLERANCE):
+            # A file that was imported may say anything.
+            raise BankError(
+                f"pack {pack.pack_id} has vectors of other lengths than 1: register its demonstrations again"
             )
         # All have length 1, so that products are cosines; digits behind those of the vectors tell nothing.
         cosines = np.round(stored.vectors @ query, 6)

@@ -70,7 +70,9 @@ def read_conversation(messages: Sequence[Message], limits: ServeConfig) -> Conve
         turns.append(Turn(tuple(keys), text, None))
     if not turns or turns[-1].answer is not None:
         raise RequestError("nothing is asked by the last message: end with a user message", "messages")
-    return Conversation("\n".join(system) if system else None, tuple(turns), pictures)
+    instructions = "\n".join(system) if system else None
+    _refuse_much_text(instructions, turns, limits, "messages")
+    return Conversation(instructions, tuple(turns), pictures)
 
 
 def read_demonstrations(
@@ -93,6 +95,7 @@ def read_demonstrations(
         count = 1 if one.images is None else len(one.images)
         keys = tuple(f"{number}.{place}" for place in range(count))
         turns.append(Turn(keys, one.question, one.answer))
+    _refuse_much_text(None, turns, limits, "demonstrations")
     return tuple(turns), pictures
 
 
@@ -142,6 +145,16 @@ def _parts(
         yield from (pictures[key] for key in turn.pictures)
         yield turn.question.encode()
         yield (turn.answer or "").encode()
+
+
+def _refuse_much_text(system: str | None, turns: Sequence[Turn], limits: ServeConfig, where: str) -> None:
+    count = len(system or "") + sum(len(turn.question) + len(turn.answer or "") for turn in turns)
+    if count > limits.max_text_characters:
+        raise RequestError(
+            f"{where} hold {count} characters of text, {limits.max_text_characters} are allowed "
+            "(serve.max_text_characters): send less",
+            where,
+        )
 
 
 def _instruction(message: Message, where: str) -> str:

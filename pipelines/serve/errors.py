@@ -40,6 +40,7 @@ __all__ = [
 log = logging.getLogger("ray.serve")
 
 INPUT_SHOWN = 60
+LONGEST_PARAM = 200
 LONGEST_MESSAGE = 2000
 CLIENT_GONE = 499
 """The status of an answer that nobody waits for, as servers write it into their logs."""
@@ -164,7 +165,8 @@ def error_headers(error: Exception) -> dict[str, str]:
 def explain_request(error: ValidationError) -> RequestError:
     """The first problem of a body that does not fit its model, as one sentence."""
     problem = error.errors(include_url=False)[0]
-    param = ".".join(str(part) for part in problem["loc"]) or None
+    # A field that nobody knows may have a name of any length.
+    param = _shorten(".".join(str(part) for part in problem["loc"]), LONGEST_PARAM) or None
     where = param or "the request"
     if problem["type"] == "extra_forbidden":
         return RequestError(f"{where} is not supported: leave it out", param)

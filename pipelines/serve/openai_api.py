@@ -29,7 +29,7 @@ def build_api(services: Services, pages: Sequence[APIRouter] = ()) -> FastAPI:
         pages: further routes, which the API's document does not tell of.
     """
     # Its pages of documentation would load scripts from elsewhere.
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     install_error_handlers(app)
     install(app, services)
     for make in (chat_routes, model_routes, pack_routes, embedding_routes, health.router):

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mmicl_core.data import reasons
 from mmicl_core.data.images import PictureError, decode, examine
@@ -138,3 +138,35 @@ def test_a_picture_wanted_small_is_decoded_small_but_never_below_what_is_wanted(
     assert 200 <= min(seen.picture.size) < 400
     whole = decode(data).resize(seen.picture.size, Image.Resampling.BOX)
     assert np.abs(np.asarray(seen.picture).astype(int) - np.asarray(whole)).mean() < 3
+
+
+def noted(*tags: bytes) -> bytes:
+    """A JPEG with these entries among a camera's notes."""
+    table = struct.pack("<H", len(tags)) + b"".join(tags) + bytes(4)
+    notes = b"Exif\0\0II*\0\x08\0\0\0" + table
+    return JPEG[:2] + b"\xff\xe1" + struct.pack(">H", len(notes) + 2) + notes + JPEG[2:]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_followed_as_pillow_does(orientation: int) -> None:
+    tag = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)
+    data = noted(tag)
+    with Image.open(io.BytesIO(data)) as picture:
+        expected = ImageOps.exif_transpose(picture).convert("RGB")
+    assert decode(data).tobytes() == expected.tobytes()
+
+
+def test_a_picture_turned_by_notes_that_cannot_be_written_again_is_turned() -> None:
+    tag = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    odd = struct.pack("<HHII", 0x0101, 2, 4, 0x61616161)
+    expected = Image.open(io.BytesIO(JPEG)).transpose(Image.Transpose.ROTATE_270)
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(noted(tag, odd))))
+    assert decode(noted(tag, odd)).tobytes() == expected.tobytes()
+
+
+def test_a_jpeg_of_more_scans_than_any_encoder_writes_is_refused_unread() -> None:
+    whole = encode_picture(Image.new("L", (64, 64), 77), "JPEG")
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    with pytest.raises(PictureError, match="a JPEG of 101 scans, 100 are read"):
+        decode(whole[:-2] + scan * 100 + whole[-2:])

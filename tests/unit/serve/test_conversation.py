@@ -239,3 +239,18 @@ def test_prefix_is_named_by_tenant_instructions_turns_and_the_bytes_of_their_pic
         prefix_digest("me", None, [], {}),
     ]
     assert len({name, *others}) == 1 + len(others)
+
+
+def test_text_is_taken_up_to_the_limit_of_all_texts_together_and_not_a_letter_over():
+    limits = ServeConfig(max_text_characters=10)
+
+    def told(answer):
+        return [Message.model_validate(one) for one in (user("abc"), assistant(answer), user("def"))]
+
+    assert read_conversation(told("1234"), limits).turns[0].answer == "1234"
+    with pytest.raises(RequestError, match="messages hold 11 characters of text, 10 are allowed") as error:
+        read_conversation(told("12345"), limits)
+    assert error.value.param == "messages"
+    shown = [PackDemonstration(image_url=data_uri(png()), question="abcdef", answer="12345")]
+    with pytest.raises(RequestError, match="demonstrations hold 11 characters"):
+        read_demonstrations(shown, limits)

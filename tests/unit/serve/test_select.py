@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mmicl_core.bank import Demonstration, UnknownPackError
-from mmicl_core.errors import DataError
+from mmicl_core.bank import Bank, Demonstration, Pack, UnknownPackError
+from mmicl_core.bank.encoding import encode
+from mmicl_core.bank.entries import digest_arrays
+from mmicl_core.errors import BankError, DataError
 from pipelines.serve.compressor import Compressor
 from pipelines.serve.contracts import Fusion, PackReference
 from pipelines.serve.errors import RequestError
@@ -127,3 +131,22 @@ def test_vector_of_a_picture_does_not_depend_on_others(make):
 def test_picture_that_cannot_be_read_is_refused_by_its_number(make):
     with pytest.raises(DataError, match="^picture 2 of 2: the bytes are not a readable picture"):
         asyncio.run(make().embed([picture(0), b"GIF89a"]))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda vectors: vectors[:, 1:], lambda vectors: vectors * 1e30, lambda vectors: vectors * 0]
+)
+def test_selection_by_vectors_that_no_model_made_is_refused(make, change):
+    compressor, shown = make(), demonstrations(2)
+    bank = Bank(Path(compressor._config.bank))
+
+    async def run() -> Fusion:
+        entry = await compressor.register(AIM, "ann", shown)
+        pack = bank.load("ann", entry.id)
+        vectors = np.ascontiguousarray(change(pack.vectors))
+        forged = replace(entry, id="pack-" + "0" * 32, digest=digest_arrays(pack.fused, vectors))
+        bank.take_in("ann", encode(Pack(forged, pack.fused, vectors)), [entry.maker])
+        return await compressor.select(AIM, PackReference("ann", forged.id), [picture(1)], 1)
+
+    with pytest.raises(BankError, match="has vectors of"):
+        asyncio.run(run())
