@@ -21,6 +21,7 @@ from mmicl_core.methods import METHODS, load_method, read_settings
 from mmicl_core.methods.adapter import adapter_identity
 from mmicl_core.methods.aim import Aim
 from mmicl_core.methods.base import Method, Plain
+from mmicl_core.prompts import Turn
 from pipelines.serve.contracts import ServedModel
 from pipelines.serve.errors import UnknownModelError
 
@@ -29,6 +30,7 @@ __all__ = ["Loaded", "LoadedModels"]
 FORMAT = "3"
 """Of what fused tokens are; another number makes packs of other ones unusable."""
 BASE = "base"
+WARM_UP_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class LoadedModels:
         plain = Plain(self.backbone)
         self._base = Loaded(self._served(name, BASE, plain), plain, self._identity())
         self._loaded = {name: self._base}
+        _warm_up(plain)
 
     def reload(self, adapters: Mapping[str, str]) -> None:
         """Serve these adapters and no others, all at once. Those whose files did not change stay as they are.
@@ -116,3 +119,9 @@ class LoadedModels:
             "width": str(self.backbone.width),
         }
         return ServedModel(model, kind, isinstance(method, Aim), maker, context_length(self.backbone))
+
+
+def _warm_up(method: Method) -> None:
+    """Answer once: what libraries prepare at their first call is not waited for by whoever asks first."""
+    question = Turn(("",), "What is this?", None)
+    method.answer(method.arrange([[question]], {"": method.blank_picture}, "left"), WARM_UP_TOKENS)
