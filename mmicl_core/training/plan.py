@@ -2,7 +2,7 @@
 
     method around an outline, settings, hardware --make_plan--> Plan --lines--> a table
 
-How bytes are counted, `mmicl_core.training.memory` says.
+How bytes are counted, `mmicl_core.training.memory` says, and how operations, `mmicl_core.training.flops`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from mmicl_core.config.train import TrainConfig
 from mmicl_core.errors import ConfigError
 from mmicl_core.methods.base import Method
+from mmicl_core.training.flops import arithmetic_of
 from mmicl_core.training.hardware import Hardware, casts, compute_width, micro_batch_of
 from mmicl_core.training.memory import (
     Activations,
@@ -32,6 +33,8 @@ __all__ = ["Plan", "make_plan"]
 USABLE = 0.9
 # With what glibc keeps of freed blocks, at most: tests/benchmarks/test_plan.py measures 1.2 to 1.8.
 KEPT_BY_GLIBC = 1.8
+# A round speed to count hours by: about a third of an A100's peak.
+TFLOPS = 100
 COLUMNS = ("weights", "masters", "gradients", "moments", "average", "buckets", "gathered", "step", "host")
 WHY = (
     "At one small batch stage 2 is 1.3 to 1.4 times faster than stage 3, which gathers every layer's weights "
@@ -57,6 +60,10 @@ class Plan:
     micro_batch: int
     micro_batches: int
     """Of one worker in an optimiser step."""
+    global_batch: int
+    steps: int
+    operations: float
+    """Floating-point operations of a step, at least, were all prompts as long as the longest."""
     activations: Activations
     states: tuple[States, ...]
     chosen: States
@@ -65,6 +72,11 @@ class Plan:
     recommended: States | None
     """The first that fits: without offloading, then the lowest stage."""
     advice: str
+
+    @property
+    def hours(self) -> float:
+        """GPU hours of all steps, at `TFLOPS` a GPU."""
+        return self.operations * self.steps / (TFLOPS * 10**12) / 3600
 
     def lines(self) -> list[str]:
         """A readable table; the settings' own line has a star."""
@@ -80,6 +92,8 @@ class Plan:
             ),
             f"micro-batch of {self.micro_batch}, {self.micro_batches} a step: activations "
             f"{_size(self.activations.total)} ({told})",
+            f"a step of {self.global_batch:,}: {self.operations / 10**15:.3g} PFLOP at least; "
+            f"{self.steps:,} steps: {self.hours:,.3g} GPU hours at {TFLOPS} TFLOP/s",
             f"  {'a worker holds':<46}{header}",
             *(self._line(row) for row in self.states),
             *(f"hazard: {hazard}" for hazard in self.hazards),
@@ -127,6 +141,9 @@ def make_plan(method: Method, train: TrainConfig, hardware: Hardware, prompt: Pr
         compute_width(train, hardware),
         micro_batch_of(train, hardware.workers),
         micro_batches_of_step(train.global_batch, hardware.workers, train.micro_batch),
+        train.global_batch,
+        train.steps,
+        _operations(method, train, prompt),
         working,
         rows if chosen in rows else (*rows, chosen),
         chosen,
@@ -137,6 +154,11 @@ def make_plan(method: Method, train: TrainConfig, hardware: Hardware, prompt: Pr
         fitting,
         _advice(method, train, hardware, chosen, fitting, prompt),
     )
+
+
+def _operations(method: Method, train: TrainConfig, prompt: PromptShape) -> float:
+    counted = arithmetic_of(method, recomputes=train.gradient_checkpointing)
+    return train.global_batch * counted.of(prompt.tokens, prompt.scored)
 
 
 def fits_in(row: States, working: int, hardware: Hardware) -> bool:

@@ -30,6 +30,7 @@ from tests.real_models import outline
 
 LLAVA, LLAVA_NEXT = "llava-1.5-7b-hf", "llava-v1.6-vicuna-7b-hf"
 BATCH, LENGTH = 3, 64
+PROMPT = PromptShape(2000, 20)
 CPU = Hardware("a CPU", 2, "cpu", 16 * 10**9, 16 * 10**9)
 STAGES = (0, 1, 2, 3)
 
@@ -235,7 +236,7 @@ def test_training_everything_agrees_with_the_estimates_of_deepspeed() -> None:
 def planned(memory: str, config: Any = None, **changes: Any) -> Plan:
     method = build_method(outline(LLAVA_NEXT), config or AimConfig())
     train = TrainConfig(**{"num_workers": 8, "micro_batch": 2, "attention": "flash_attention_2", **changes})
-    return make_plan(method, train, Hardware.described(8, memory), PromptShape(2000, 20))
+    return make_plan(method, train, Hardware.described(8, memory), PROMPT)
 
 
 def test_aim_on_large_devices_is_told_to_leave_the_weights_whole() -> None:
@@ -340,6 +341,18 @@ def test_plan_is_printed_with_a_star_at_the_settings_and_kept_as_json() -> None:
         row.peak(plan.activations.total) for row in plan.states
     ]
     assert plain["activations"]["language"] == plan.activations.language
+
+
+def test_operations_and_hours_follow_from_tokens_and_steps() -> None:
+    plan = planned("80GB", steps=1000, global_batch=32)
+    tokens = 32 * PROMPT.tokens
+    # A frozen language model: one product forward and one back for each of its numbers, the words left out.
+    body = next(role.parameters for role in plan.roles if role.name == "language_model") - 32064 * 4096
+    assert plan.operations == pytest.approx(4 * body * tokens, rel=0.01)
+    assert plan.hours == pytest.approx(plan.operations * 1000 / 1e14 / 3600)
+    again = planned("80GB", steps=1000, global_batch=32, gradient_checkpointing=True)
+    assert again.operations / plan.operations == pytest.approx(1.5, rel=0.01)
+    assert any(f"1,000 steps: {plan.hours:,.3g} GPU hours at 100 TFLOP/s" in line for line in plan.lines())
 
 
 def test_method_that_learns_from_pictures_alone_keeps_the_tower_and_no_language_model() -> None:
