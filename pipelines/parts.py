@@ -30,6 +30,7 @@ import ray
 
 from mmicl_core.data.files import file_digest, write_atomic
 from mmicl_core.data.schema import SCHEMA_VERSION
+from pipelines.gauges import tell_part
 from pipelines.mistakes import carried, raise_carried
 from pipelines.progress import counting
 from pipelines.stages import CONFIG_FILE, MANIFEST_FILE, Stage, read_manifest
@@ -134,7 +135,7 @@ def make_parts(
         with counting(title, total) as counter:
             if before:
                 ray.get(counter.resume.remote(before))
-            _make(missing, build, folder, counter, check, blocks)
+            _make(stage.name, missing, build, folder, counter, check, blocks)
     return folder
 
 
@@ -189,6 +190,7 @@ def _take_name(stage: Stage) -> None:
 
 
 def _make(
+    stage: str,
     missing: Sequence[Mapping[str, Any]],
     build: Build | Pool,
     folder: Path,
@@ -215,9 +217,11 @@ def _make(
         made = partial(_make_batch, build=build, folder=folder, counter=counter)
         done = described.map_batches(made, batch_size=1)
     counts: Counts = {}
-    for row in done.iter_rows():
+    for number, row in enumerate(done.iter_rows(), start=1):
         raise_carried(row)
-        counts = add_counts(counts, json.loads(row["counts"]))
+        counted = json.loads(row["counts"])
+        tell_part(stage, counted, left=len(missing) - number)
+        counts = add_counts(counts, counted)
         check(counts)
 
 

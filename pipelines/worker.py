@@ -28,6 +28,7 @@ from mmicl_core.training.flops import arithmetic_of, peak_of_device
 from mmicl_core.training.schedule import rate_of_step
 from mmicl_core.training.step import MicroBatch, StepMetrics, mean_loss, train_step
 from pipelines.feed import Ahead, Feed
+from pipelines.gauges import TrainingGauges
 from pipelines.journal import Journal, checkpoints_in
 from pipelines.materials import Materials
 from pipelines.watch import Place, naming_the_worker, watching
@@ -100,6 +101,7 @@ class _Worker:
         self.held_out = Feed(job.held_out[0], method, job.held_out[1]) if job.held_out else None
         method.looks = self.feed.looks
         self.journal = self._open_journal(job) if rank == 0 else None
+        self.gauges = TrainingGauges(job.work.stem, self.train_config.steps, world_size)
         self.bad = 0
 
     def train(self) -> None:
@@ -151,11 +153,21 @@ class _Worker:
             return
         self.journal.count(metrics.loss)
         config = self.train_config
+        rate = rate_of_step(step, config) * config.learning_rate
+        self.gauges.step(
+            step + 1,
+            metrics,
+            episodes=config.global_batch,
+            data_seconds=waited,
+            compute_seconds=computed,
+            operations=self.arithmetic.of(metrics.tokens, metrics.targets),
+            learning_rate=rate,
+        )
         if metrics.skipped or step % config.log_every == 0 or step + 1 == config.steps:
             seconds = waited + computed
             line: dict[str, Any] = {
                 "step": step + 1,
-                "learning_rate": rate_of_step(step, config) * config.learning_rate,
+                "learning_rate": rate,
                 **{name: value for name, value in vars(metrics).items() if name not in WHERE_SKIPPED},
                 **({name: getattr(metrics, name) for name in WHERE_SKIPPED} if metrics.skipped else {}),
                 "data_seconds": round(waited, 6),
@@ -215,6 +227,7 @@ class _Worker:
         self.facts["stopped"] = patience is not None and self.facts["without_progress"] >= patience
         if self.journal is not None:
             self.journal.note({"step": step, "validation_loss": loss})
+            self.gauges.validation(loss)
 
     def _checkpoint(self, step: int) -> None:
         self.place.at("its checkpoint")
