@@ -59,6 +59,7 @@ class Ingress:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray Serve asks for the application once the replica is constructed."""
         config = self._config
+        several = config.ingress_replicas > 1
         services = Services(
             config=config,
             compressor=self._compressor,
@@ -67,7 +68,7 @@ class Ingress:
             media=Media(config),
             keys=Keys(None if config.keys is None else Path(config.keys)),
             limits=Limits(config),
-            metrics=Metrics(),
+            metrics=Metrics(serve.get_replica_context().replica_tag if several else ""),
             replicas=self._replicas,
         )
         api = build_api(services, [page_router(config)] if config.playground else [])

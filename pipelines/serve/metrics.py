@@ -7,11 +7,12 @@ taken here, where a client sees them.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from http import HTTPMethod, HTTPStatus
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import Metric
 
 from pipelines.serve.contracts import Event, Finished, Fusion, Piece, Started
 
@@ -24,10 +25,14 @@ NO_MODEL = ""
 
 
 class Metrics:
-    """Counters of one process, in a registry of their own."""
+    """Counters of one process, in a registry of their own.
 
-    def __init__(self) -> None:
-        self._registry = CollectorRegistry()
+    Args:
+        replica: of several that answer at one address, which tells their counters apart; else empty.
+    """
+
+    def __init__(self, replica: str = "") -> None:
+        self._registry, self._replica = CollectorRegistry(), replica
         self._models: set[str] = set()
         self._requests = self._counter("requests", "Requests answered.", "method", "route", "status", "model")
         self._seconds = self._histogram(
@@ -142,7 +147,7 @@ class Metrics:
         self._replicas.clear()
         for deployment, count in replicas.items():
             self._replicas.labels(deployment).set(count)
-        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
+        return generate_latest(_Labelled(self._registry, self._replica)), CONTENT_TYPE_PLAIN_0_0_4
 
     def _observe(self, model: str, events: Iterable[Event]) -> None:
         self._models.add(model)
@@ -162,3 +167,18 @@ class Metrics:
 
     def _histogram(self, name: str, about: str, buckets: Sequence[float], *labels: str) -> Histogram:
         return Histogram(f"mmicl_{name}", about, labels, registry=self._registry, buckets=buckets)
+
+
+class _Labelled(CollectorRegistry):
+    """What another registry holds, with the name of the replica on every sample."""
+
+    def __init__(self, registry: CollectorRegistry, replica: str) -> None:
+        super().__init__()
+        self._of, self._labels = registry, {"replica": replica} if replica else {}
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._of.collect():
+            family.samples = [
+                sample._replace(labels={**sample.labels, **self._labels}) for sample in family.samples
+            ]
+            yield family

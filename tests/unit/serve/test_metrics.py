@@ -146,3 +146,14 @@ def test_metrics_of_two_servers_in_one_process_do_not_meet():
     first, second = Metrics(), Metrics()
     first.request_started()
     assert (samples(first)["mmicl_requests_in_flight"], samples(second)["mmicl_requests_in_flight"]) == (1, 0)
+
+
+def test_replicas_behind_one_address_are_told_apart():
+    told = {}
+    for name in ("a", "b"):
+        metrics = Metrics(name)
+        metrics.observe_answer("nano", [STARTED, Finished(0, "stop", 3, 200.0)], 1.0)
+        told |= samples(metrics, generator=1)
+    assert told['mmicl_tokens_total{kind="prompt",model="nano",replica="a"}'] == 40
+    assert told['mmicl_tokens_total{kind="prompt",model="nano",replica="b"}'] == 40
+    assert all('replica="' in name for name in told)
