@@ -24,7 +24,8 @@ from pipelines.train import train
 from tests.fakes import reading, write_materials
 from tests.unit.cluster.figures import asked_for, of_ray
 
-pytestmark = pytest.mark.usefixtures("ray_that_tells_quickly")
+# A second Ray on a machine may come without the agent that tells.
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("ray_that_tells_quickly")]
 
 # Of one metric, one sample: its labels and value.
 Sample = tuple[dict[str, str], float]
