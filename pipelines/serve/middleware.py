@@ -37,6 +37,7 @@ from pipelines.serve.keys import PUBLIC
 from pipelines.serve.limits import SMALL_BODY_BYTES, body_limit
 from pipelines.serve.logs import RequestLine, write_line
 from pipelines.serve.services import Services
+from pipelines.serve.waiting import is_proxied
 
 __all__ = ["Gate", "install"]
 
@@ -140,7 +141,7 @@ class _Exchange:
         """Whether the client has hung up."""
         self.limited = False
         """Whether the key's limits refused it."""
-        self._proxied = bool(getattr(getattr(scope.get("app"), "state", None), "proxied", False))
+        self._proxied = is_proxied(scope)
         self._deadline = time.monotonic() + seconds
         self._body_is_over = False
         self._slow = False

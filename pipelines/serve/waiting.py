@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from pipelines.serve.errors import ClientGoneError, DeadlineError
 
-__all__ = ["Deadline", "EventStream", "attend"]
+__all__ = ["Deadline", "EventStream", "attend", "is_proxied"]
 
 SENDING_SECONDS = 10.0
 """After the deadline, for a client that reads slowly what was written in time."""
@@ -62,7 +62,7 @@ async def attend(request: Request, deadline: Deadline, work: Coroutine[Any, Any,
         ClientGoneError: whoever asked has hung up.
         DeadlineError: it takes too long.
     """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request.receive))
+    task, gone = asyncio.ensure_future(work), _watch(request.scope, request.receive)
     try:
         done, _ = await asyncio.wait((task, gone), timeout=deadline.left, return_when=asyncio.FIRST_COMPLETED)
         if task in done:
@@ -94,7 +94,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the end, the deadline, or until whoever asked hangs up."""
         sending = asyncio.ensure_future(self._send(send))
-        gone = asyncio.ensure_future(_gone(receive))
+        gone = _watch(scope, receive)
         try:
             limit = self._deadline.left + SENDING_SECONDS
             done, _ = await asyncio.wait((sending, gone), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
@@ -110,6 +110,21 @@ class EventStream(Response):
         async for part in self._parts:
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def is_proxied(scope: Scope) -> bool:
+    """Whether a proxy stands in front of the server, as `app.state.proxied` says."""
+    return bool(getattr(getattr(scope.get("app"), "state", None), "proxied", False))
+
+
+def _watch(scope: Scope, receive: Receive) -> asyncio.Future[None]:
+    """Done when whoever asked has hung up.
+
+    Ray's proxy cancels the whole request then, and each look would be a call to it.
+    """
+    if is_proxied(scope):
+        return asyncio.get_running_loop().create_future()
+    return asyncio.ensure_future(_gone(receive))
 
 
 async def _gone(receive: Receive) -> None:

@@ -270,7 +270,7 @@ def test_metrics_count_tokens_and_what_the_bank_had(services):
     assert 'mmicl_tokens_total{kind="completion",model="nano@aim"} 4.0' in page
 
 
-def test_taking_a_request_apart_leaves_the_event_loop_free(services, monkeypatch):
+def test_taking_a_large_request_apart_leaves_the_event_loop_free(services, monkeypatch):
     threads = []
     read = chat.read_conversation
 
@@ -279,7 +279,7 @@ def test_taking_a_request_apart_leaves_the_event_loop_free(services, monkeypatch
         return read(*arguments)
 
     monkeypatch.setattr(chat, "read_conversation", note)
-    asked(services)
+    asked(services, [user("This is" * 10_000)])
     assert threads != [] and threading.main_thread() not in threads
 
 
