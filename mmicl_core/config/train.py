@@ -53,6 +53,11 @@ class ZeroConfig(Config):
     """Folder on a fast local disk of every node, for what is offloaded to `nvme`; DeepSpeed compiles the code
     that reads it, so the workers need a compiler and libaio."""
 
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _is_a_number_on_the_command_line_too(cls, stage: Any) -> Any:
+        return int(stage) if isinstance(stage, str) and stage.isdecimal() else stage
+
     @model_validator(mode="after")
     def _offloads_what_the_stage_spreads(self) -> Self:
         places = {"offload_optimizer": self.offload_optimizer, "offload_parameters": self.offload_parameters}

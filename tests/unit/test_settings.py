@@ -109,3 +109,9 @@ def test_environment_does_not_change_a_run(monkeypatch):
     monkeypatch.setenv("TRAIN", '{"steps": 5}')
     monkeypatch.setenv("train.steps", "5")
     assert parse().run == RunConfig()
+
+
+def test_number_among_few_is_written_as_any_number():
+    assert parse("--train.zero.stage", "2").run.train.zero.stage == 2
+    with pytest.raises(ConfigError, match=r"train\.zero\.stage: Input should be 0, 1, 2 or 3"):
+        parse("--train.zero.stage", "4")
