@@ -119,10 +119,10 @@ def replica_states() -> dict[str, dict[str, int]]:
 
 
 def replicas_of(deployment: str) -> list[psutil.Process]:
-    """The processes of a deployment's replicas."""
+    """The processes of a deployment's replicas, of the Ray that this process started and of no other."""
     title = f"ray::ServeReplica:{app.APPLICATION}:{deployment}"
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         try:
             # What a replica is doing may stand behind its name.
             if process.cmdline()[:1] and process.cmdline()[0].split(".")[0] == title:
