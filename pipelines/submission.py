@@ -96,6 +96,7 @@ def _sender(about: str) -> Parser:
         "       mmicl submit list --address URL\n"
         "       mmicl submit logs|status|stop JOB --address URL",
         description=about,
+        epilog="Submitted again, a command goes on where its last job ended: what is finished is reused.",
     )
     add = parser.add_argument
     add("verb", metavar="VERB", help=f"{', '.join(VERBS)}; episodes,train and so on, one after another")
