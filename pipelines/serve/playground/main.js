@@ -13,6 +13,7 @@ const ASKED_STYLE = 'fluent-3d'
 
 const answers = {pack: new Answer(find('pack-answer')), full: new Answer(find('full-answer'))}
 let query = null
+let reading = Promise.resolve()
 let running = null
 
 start()
@@ -158,7 +159,13 @@ function followWording() {
 
 // Asking.
 
-async function setQuery(file, focus = true) {
+// One after the other, so that the one chosen last is asked about.
+function setQuery(file, focus = true) {
+  reading = reading.then(() => showQuery(file, focus))
+  return reading
+}
+
+async function showQuery(file, focus) {
   say(find('ask-error'))
   try {
     query = await readPicture(file)
@@ -183,6 +190,7 @@ function showPackInUse() {
 }
 
 async function ask() {
+  await reading
   if (running) return
   const used = inUse()
   const missing = !used ? 'Make a pack first, or use one of the list.'
