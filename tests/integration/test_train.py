@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 AIM, LCL = AimConfig(), LclConfig()
 STEPS, STOPPED_AT = 20, 12
-RESUMED_LOSS = 2e-4
+RESUMED_LOSS = 1e-5
 BF16_LOSS = 0.02
 
 
@@ -194,9 +194,11 @@ def test_run_stopped_and_resumed_on_one_worker_ends_like_an_uninterrupted_one(
     resumed = train(long, root).folder
     assert read_manifest(resumed)["world_size"] == 1
     # Gradients are summed in another order, and Muon, which multiplies in bf16, doubles what that makes
-    # with every step or two: eight steps after the stop it is 1e-4. Without the moments of the checkpoint,
-    # losses after the stop differ by more than 0.01.
-    np.testing.assert_allclose(_losses(resumed), _losses(uninterrupted), rtol=RESUMED_LOSS)
+    # with every step or two: six to eight steps after the stop it is 1e-4 on some processors, 4e-4 on others.
+    # Without the moments of the checkpoint, losses after the stop differ by more than 0.01.
+    after = np.clip(np.arange(STEPS) - STOPPED_AT + 1, 0, None)
+    expected = np.array(_losses(uninterrupted))
+    assert (np.abs(_losses(resumed) - expected) <= RESUMED_LOSS * 2.0**after * expected).all()
 
 
 @pytest.mark.parametrize("method", [AIM], ids=["aim"], indirect=True)
