@@ -7,16 +7,16 @@ on from the prompt's own last one, which in prompts with pictures need not be th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from copy import copy
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
+from mmicl_core.backbones.caches import changed, keeps_all, side_by_side, with_room
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.language import Embedded
 from mmicl_core.errors import BackboneError
@@ -24,12 +24,10 @@ from mmicl_core.errors import BackboneError
 __all__ = [
     "Decoding",
     "can_pad_behind",
-    "changed",
     "context_length",
     "generate",
     "generate_by_beams",
     "greedy_tokens",
-    "side_by_side",
 ]
 
 NO_LIMIT = 1 << 20
@@ -154,7 +152,7 @@ class Decoding:
             self._answer(torch.full_like(self._next_B, start))
             return
         output = backbone.read(prompts, use_cache=True, past_key_values=_copy_for(prompts, cache))
-        self._cache = output.past_key_values
+        self._cache = with_room(output.past_key_values)
         self.scores_BV = backbone.logits(output.last_hidden_state[:, -1])
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -171,7 +169,7 @@ class Decoding:
     @property
     def can_join(self) -> bool:
         """Whether others may be added: models that keep all keys and values, by column, and nothing else."""
-        return self._encoded is None and _keeps_all(self._cache)
+        return self._encoded is None and keeps_all(self._cache)
 
     def join(self, other: Decoding) -> None:
         """Go on with the rows of both, those of `other` behind; it must not be used any more."""
@@ -232,36 +230,4 @@ def _copy_for(prompts: Embedded, cache: Any) -> Any:
 def can_pad_behind(backbone: HuggingFaceBackbone) -> bool:
     """Whether padding may stand between what is known and a prompt: not where layers look at the last columns
     only, among which it would count."""
-    return _keeps_all(DynamicCache(config=backbone.language_model.config))
-
-
-def _keeps_all(cache: Any) -> bool:
-    """Whether every layer keeps all keys and values, by column, and nothing else."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
-
-
-def side_by_side(caches: Sequence[Any], width: int) -> Any:
-    """One cache of all rows of several, each padded on the left to `width` columns.
-
-    Args:
-        caches: of layers that keep all keys and values.
-    """
-    joined = copy(caches[0])
-    joined.layers = [copy(layer) for layer in joined.layers]
-    for number, layer in enumerate(joined.layers):
-        for name in ("keys", "values"):
-            rows = [getattr(cache.layers[number], name) for cache in caches]
-            setattr(layer, name, torch.cat([F.pad(one, (0, 0, width - one.shape[-2], 0)) for one in rows]))
-    return joined
-
-
-def changed(cache: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Another cache whose keys and values are made of those of `cache`.
-
-    Layers put what is new behind what they have, in new tensors: those of `cache` stay as they are.
-    """
-    copied = copy(cache)
-    copied.layers = [copy(layer) for layer in cache.layers]
-    for layer in copied.layers:
-        layer.keys, layer.values = change(layer.keys), change(layer.values)
-    return copied
+    return keeps_all(DynamicCache(config=backbone.language_model.config))

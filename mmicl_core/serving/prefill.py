@@ -18,7 +18,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from mmicl_core.backbones.decoding import Decoding, can_pad_behind, changed, context_length, side_by_side
+from mmicl_core.backbones.caches import changed, side_by_side
+from mmicl_core.backbones.decoding import Decoding, can_pad_behind, context_length
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.backbones.language import Embedded
 from mmicl_core.data.pictures import PreparedPicture
