@@ -19,6 +19,9 @@ from pipelines.serve.errors import DeadlineError
 
 __all__ = ["Mail", "Teller", "late"]
 
+GATHERING_SECONDS = 0.03
+"""Every group costs each process that it comes through the same, whatever is in it; nobody reads faster."""
+
 Mail: TypeAlias = tuple[Event, ...] | Exception
 """What happened together, or why it is over."""
 
@@ -41,6 +44,7 @@ class Teller:
         self._answers = [Transcript(tokenizer, sampling.stop) for sampling in question.samplings]
         self._ttft_ms = dict[int, float]()
         self._events, self._errors = list[Event](), list[Exception]()
+        self._growing, self._read_at = len(question.samplings), float("-inf")
 
     def tell(self, happening: Happening) -> None:
         """Something happened."""
@@ -66,7 +70,7 @@ class Teller:
             self._mail.put_nowait(one)
 
     async def read(self, deadline: float) -> tuple[Event, ...]:
-        """The next events.
+        """The next events: the first ones at once, later ones gathered for a moment.
 
         Args:
             deadline: by the event loop's clock.
@@ -74,6 +78,24 @@ class Teller:
         Raises:
             DeadlineError: nothing came in time.
         """
+        events = await self._next(deadline)
+        self._growing -= _count_ends(events)
+        while self._growing and (left := self._read_at + GATHERING_SECONDS - self.loop.time()) > 0:
+            try:
+                async with asyncio.timeout(left):
+                    more = await self._mail.get()
+            except TimeoutError:
+                break
+            if isinstance(more, Exception):
+                # What came before it is told before it.
+                self._mail.put_nowait(more)
+                break
+            events += more
+            self._growing -= _count_ends(more)
+        self._read_at = self.loop.time()
+        return events
+
+    async def _next(self, deadline: float) -> tuple[Event, ...]:
         try:
             async with asyncio.timeout_at(deadline):
                 mail = await self._mail.get()
@@ -131,3 +153,7 @@ class Teller:
 def late(question: Question) -> DeadlineError:
     """The error of an answer that takes too long."""
     return DeadlineError(f"the answer took longer than the {question.seconds:g} seconds that it may take")
+
+
+def _count_ends(events: Iterable[Event]) -> int:
+    return sum(isinstance(event, Finished) for event in events)

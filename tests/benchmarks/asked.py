@@ -7,22 +7,30 @@ import json
 import random
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 
 from mmicl_core.assets import resolve
 from mmicl_core.config.episodes import EpisodeConfig, ShotStage
+from mmicl_core.config.run import RunConfig
+from mmicl_core.config.serve import ReplicasConfig, ServeConfig
+from pipelines.serve import app
 from tests.corpora import drawn_episodes, open_shards
 
 __all__ = [
+    "served",
     "BASE",
+    "CLIENTS",
     "FUSES",
+    "QUERIES",
     "Asked",
     "Episode",
     "ask",
@@ -34,6 +42,7 @@ __all__ = [
 ]
 
 BASE, FUSES = "nano", "nano@aim"
+QUERIES, CLIENTS = 60, 16
 SHOTS_PER_CLASS = 8
 
 Body = Mapping[str, Any]
@@ -148,6 +157,26 @@ def interleaved(calls: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[
         for name, call in calls.items():
             found[name].append(call(number))
     return found
+
+
+@contextmanager
+def served(folder: Path, **settings: Any) -> Iterator[str]:
+    """The address of nano's server, which leaves nothing on a Ray that goes on without it."""
+    replicas = ReplicasConfig(at_once=2 * CLIENTS, requests_each=CLIENTS, queued=1024)
+    config = ServeConfig(
+        port=free_port(),
+        bank=str(folder),
+        compressor=replicas,
+        generator=replicas,
+        max_packs=10 * QUERIES,
+        **settings,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "auto")
+        try:
+            yield app.start(RunConfig(serve=config))
+        finally:
+            app.stop()
 
 
 def free_port() -> int:

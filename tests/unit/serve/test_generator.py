@@ -185,13 +185,13 @@ def test_events_come_in_their_order_and_make_up_each_answer(shared: Generator) -
 
 def test_streamed_pieces_come_while_the_answer_still_grows(shared: Generator) -> None:
     async def groups() -> list[tuple[Event, ...]]:
-        return [group async for group in shared.stream(question(most=12))]
+        return [group async for group in shared.stream(question(most=400))]
 
     found = asyncio.run(groups())
     assert len(found) > 6
     assert [event for group in found for event in group][1:] and all(found)
     assert "".join(piece_texts([event for group in found for event in group])) == text(
-        use(shared, question(most=12))[0]
+        use(shared, question(most=400))[0]
     )
 
 
