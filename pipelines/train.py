@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import threading
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,16 @@ def _fit(job: Job) -> None:
         if not tries_left or find_mistake(failure) is not None:
             raise failure
         log.info("Training broke off (%s) and goes on from its last checkpoint", type(failure).__name__)
+        _let_go(failure)
+
+
+def _let_go(failure: BaseException) -> None:
+    """Free what the frames of a failure hold: Ray Train's controller among it, whose workers keep the CPUs
+    that the next try waits for."""
+    held: BaseException | None = failure
+    while held is not None:
+        traceback.clear_frames(held.__traceback__)
+        held = held.__cause__ or held.__context__
 
 
 def _try_to_fit(job: Job) -> BaseException | None:
@@ -283,7 +294,9 @@ def _explained(failure: BaseException, watch: Any) -> BaseException:
 
 def _trainer(job: Job, attempt: int) -> TorchTrainer:
     config = job.run.train
-    gpus = ray.cluster_resources().get("GPU", 0) >= config.worker_range[0]
+    gpus = config.gpu
+    if gpus is None:
+        gpus = ray.cluster_resources().get("GPU", 0) >= config.worker_range[0]
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "attempt": attempt},

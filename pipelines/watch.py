@@ -25,6 +25,8 @@ from pipelines.progress import beside_the_driver
 __all__ = ["Beat", "Place", "Watch", "naming_the_worker", "start_watch", "watching"]
 
 BEAT_SECONDS = 1.0
+LONGEST_SILENCE = 30.0
+"""In seconds; Ray takes a machine for lost no sooner."""
 ENDED_BY_WATCH = 86
 LOST_PEER = ("gloo", "NCCL", "Connection closed", "Connection reset")
 
@@ -152,13 +154,16 @@ def watching(
 
 
 def _tell(watch: Any, about: Beat, place: Place, done: threading.Event) -> None:
+    answered = time.monotonic()
     while not done.is_set():
         beat = replace(about, moves=place.moves, step=place.step, place=place.name, calls=dict(place.calls))
         try:
-            go_on = ray.get(watch.beat.remote(beat), timeout=30 * BEAT_SECONDS)
+            go_on = ray.get(watch.beat.remote(beat), timeout=LONGEST_SILENCE)
+            answered = time.monotonic()
         except ray.exceptions.RayError:
-            # The driver is gone, or cannot be reached; Ray ends its workers by itself.
-            go_on = True
+            # The driver is gone, or cannot be reached. Others may then have been started in this one's place,
+            # and must not find it writing beside them.
+            go_on = time.monotonic() - answered < LONGEST_SILENCE
         if not go_on and not done.is_set():
             # It waits inside a collective, where no exception reaches it.
             os._exit(ENDED_BY_WATCH)

@@ -159,6 +159,10 @@ class TrainConfig(Config):
     threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads of one worker's arithmetic, reserved in the cluster as CPUs."""
 
+    gpu: bool | None = None
+    """Whether each worker holds a GPU. None takes GPUs where the cluster has enough of them when training
+    starts; true waits until a cluster that grows by itself brings them in."""
+
     zero: ZeroConfig = ZeroConfig()
     """How DeepSpeed spreads the run over its workers."""
 
@@ -254,6 +258,7 @@ BATCHES = ("micro_batch", "num_workers")
 INDIFFERENT = (
     *BATCHES,
     "threads_per_worker",
+    "gpu",
     "zero",
     "gradient_checkpointing",
     "attention",

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from mmicl_core.data.pictures import PreparedPicture
+from mmicl_core.errors import DataError
 from mmicl_core.methods.base import Method
 from mmicl_core.prompts import Turn
 from mmicl_core.serving.prefixes import Prefix
@@ -84,3 +85,19 @@ class Job:
     """Set from any thread; the engine then forgets it without another word."""
     stopped: set[int] = field(default_factory=set)
     """Answers that shall not grow any more, for texts that end answers. Set by `tell`."""
+
+    def refuse_longer_than(self, limit: int, prompt_tokens: int) -> None:
+        """Refuse what the model cannot read to the end of its longest answer.
+
+        Args:
+            limit: tokens that the model reads.
+
+        Raises:
+            DataError: it is too long; says by how much.
+        """
+        most = max(one.max_new_tokens for one in self.samplings)
+        if prompt_tokens + most > limit:
+            raise DataError(
+                f"the prompt takes {prompt_tokens} tokens and the answer may take {most}, the model reads "
+                f"{limit}: register the demonstrations as a demo_pack, or lower max_tokens"
+            )

@@ -209,14 +209,9 @@ class Prefill:
             return Decoding(self._backbone, prompts), [(length, 0) for length in lengths]
 
     def _refuse_too_long(self, job: Job, prompt_tokens: int) -> None:
-        most = max(one.max_new_tokens for one in job.samplings)
         if not self._splits and (opening := job.method.opening()) is not None:
             prompt_tokens += len(opening[0])
-        if prompt_tokens + most > self._limit:
-            raise DataError(
-                f"the prompt takes {prompt_tokens} tokens and the answer may take {most}, the model reads "
-                f"{self._limit}: register the demonstrations as a demo_pack, or lower max_tokens"
-            )
+        job.refuse_longer_than(self._limit, prompt_tokens)
 
 
 @torch.no_grad()

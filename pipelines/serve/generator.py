@@ -22,7 +22,7 @@ from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.config.serve import ServeConfig
 from mmicl_core.serving.jobs import Job
 from pipelines.serve.asking import Preparation, name_of_prefix
-from pipelines.serve.contracts import Event, Finished, Question, ServedModel
+from pipelines.serve.contracts import Event, Question, ServedModel
 from pipelines.serve.engine_thread import EngineThread
 from pipelines.serve.errors import OverloadedError
 from pipelines.serve.loaded import Loaded, LoadedModels
@@ -107,13 +107,10 @@ class Generator:
             raise late(question) from error
         if (waiting := thread.engine.waiting) >= self._config.generator.queued:
             raise OverloadedError(f"{waiting} questions wait for this replica already: ask again later")
-        left = len(question.samplings)
         thread.add(job, teller)
         try:
-            while left:
-                events = await teller.read(deadline)
-                left -= sum(isinstance(event, Finished) for event in events)
-                yield events
+            async for group in teller.groups(deadline):
+                yield group
         finally:
             thread.forget(job)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Iterable
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -69,8 +69,8 @@ class Teller:
         for one in mail:
             self._mail.put_nowait(one)
 
-    async def read(self, deadline: float) -> tuple[Event, ...]:
-        """The next events: the first ones at once, later ones gathered for a moment.
+    async def groups(self, deadline: float) -> AsyncGenerator[tuple[Event, ...], None]:
+        """All events to the last: the first ones at once, later ones gathered for a moment.
 
         Args:
             deadline: by the event loop's clock.
@@ -78,6 +78,10 @@ class Teller:
         Raises:
             DeadlineError: nothing came in time.
         """
+        while self._growing:
+            yield await self._gather(deadline)
+
+    async def _gather(self, deadline: float) -> tuple[Event, ...]:
         events = await self._next(deadline)
         self._growing -= _count_ends(events)
         while self._growing and (left := self._read_at + GATHERING_SECONDS - self.loop.time()) > 0:

@@ -35,14 +35,14 @@ from torch import Tensor
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone
 from mmicl_core.config.serve import ServeConfig, VllmConfig
-from mmicl_core.errors import CheckpointError, ConfigError, DataError
+from mmicl_core.errors import CheckpointError, ConfigError
 from mmicl_core.methods import METHODS, read_settings
 from mmicl_core.methods.base import Method
 from mmicl_core.serving.jobs import Begun, Ended, Grown, Job
 from mmicl_core.serving.prefill import embed_alone
 from mmicl_core.serving.sampling import Likelihood, Sampling
 from pipelines.serve.asking import Preparation
-from pipelines.serve.contracts import Event, Finished, Question, ServedModel
+from pipelines.serve.contracts import Event, Question, ServedModel
 from pipelines.serve.errors import OverloadedError, UnavailableError
 from pipelines.serve.loaded import LoadedModels
 from pipelines.serve.telling import Teller, late
@@ -126,7 +126,7 @@ class VllmGenerator:
             OverloadedError: too many questions wait.
             UnavailableError: vLLM has died.
         """
-        arrived, left = time.monotonic(), len(question.samplings)
+        arrived = time.monotonic()
         deadline = asyncio.get_running_loop().time() + question.seconds
         if self._running >= self._config.rows + self._config.generator.queued:
             raise OverloadedError(f"{self._running} answers grow or wait in this replica: ask again later")
@@ -135,17 +135,15 @@ class VllmGenerator:
                 teller, prompt_TD, demo_tokens = await self._prepare(question, arrived)
         except TimeoutError as error:
             raise late(question) from error
-        self._running += left
+        self._running += len(question.samplings)
         teller.tell(Begun(len(prompt_TD), 0, demo_tokens, time.monotonic(), self._running))
         answers = [
             asyncio.create_task(self._grow(teller, prompt_TD, index, sampling))
             for index, sampling in enumerate(question.samplings)
         ]
         try:
-            while left:
-                events = await teller.read(deadline)
-                left -= sum(isinstance(event, Finished) for event in events)
-                yield events
+            async for group in teller.groups(deadline):
+                yield group
         finally:
             self._running -= len(answers)
             for answer in answers:
@@ -168,13 +166,8 @@ class VllmGenerator:
         )
         loop = asyncio.get_running_loop()
         prompts, demo_tokens = await loop.run_in_executor(self._arithmetic, embed_alone, job)
-        most, limit = max(one.max_new_tokens for one in question.samplings), loaded.served.context_length
         prompt_TD = prompts.embeds_BLD[0].cpu()
-        if len(prompt_TD) + most > limit:
-            raise DataError(
-                f"the prompt takes {len(prompt_TD)} tokens and the answer may take {most}, the model reads "
-                f"{limit}: register the demonstrations as a demo_pack, or lower max_tokens"
-            )
+        job.refuse_longer_than(loaded.served.context_length, len(prompt_TD))
         return teller, prompt_TD, demo_tokens
 
     async def _grow(self, teller: Teller, prompt_TD: Tensor, index: int, sampling: Sampling) -> None:

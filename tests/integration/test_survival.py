@@ -13,12 +13,15 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
+from ray.train.torch import TorchConfig
 
 from mmicl_core.config.episodes import EpisodeConfig, ShotStage
 from mmicl_core.config.model import AimConfig, LclConfig, MethodConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.train import CheckpointConfig, TrainConfig, ValidationConfig
 from mmicl_core.errors import ConfigError, DataError, MmiclError, TrainingError, find_mistake
+from pipelines import train as training
 from pipelines.materials import prepare
 from pipelines.stages import read_manifest
 from pipelines.train import METRICS_FILE, PAGE, train, training_stage, try_out
@@ -175,6 +178,17 @@ def test_worker_that_stalls_ends_training_with_where_every_worker_is(
     assert "worker 0: step" in told and "worker 1: step" in told
     assert "pictures" in told
     assert time.monotonic() - begun < 120
+
+
+def test_workers_that_cannot_be_started_once_leave_the_next_ones_their_cpus(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = int(ray.cluster_resources()["CPU"])
+    broken = [TorchConfig(backend="gloo", init_method="nowhere"), TorchConfig(backend="gloo")]
+    monkeypatch.setattr(training, "TorchConfig", lambda **_: broken.pop(0))
+    result = train(_run(folder, num_workers=every, global_batch=2 * every), tmp_path)
+    assert not broken
+    assert read_manifest(result.folder)["world_size"] == every
 
 
 def test_dry_run_takes_one_step_and_keeps_nothing_of_it(folder: Path, tmp_path: Path) -> None:

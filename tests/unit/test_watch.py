@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from threading import Event
+from unittest.mock import MagicMock
 
 import pytest
+from ray.exceptions import GetTimeoutError
+from torch import nn
 
 from mmicl_core.errors import DataError, TrainingError
-from pipelines.watch import Beat, Place, Watch, naming_the_worker
+from pipelines.watch import Beat, Place, Watch, naming_the_worker, watching
 
 SECONDS = 10.0
 
@@ -100,6 +105,25 @@ def test_worker_that_outlived_an_earlier_attempt_is_told_to_end(watch: Watch) ->
     watch.begin()
     assert not watch.beat(_beat(0, 2))
     assert watch.beat(replace(_beat(0, 1), attempt=2))
+
+
+def test_worker_ends_when_the_watch_is_out_of_reach_for_so_long_that_another_may_be_in_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, ended, beats = time.monotonic(), Event(), list[float]()
+
+    def lose(_: object, timeout: float) -> bool:
+        beats.append(time.monotonic() - begun)
+        raise GetTimeoutError
+
+    monkeypatch.setattr("pipelines.watch.ray.get", lose)
+    monkeypatch.setattr("pipelines.watch.os._exit", lambda _: ended.set())
+    monkeypatch.setattr("pipelines.watch.BEAT_SECONDS", 0.01)
+    monkeypatch.setattr("pipelines.watch.LONGEST_SILENCE", 0.2)
+    with watching(MagicMock(), 1, 0, 1, nn.Linear(1, 1), Place()):
+        assert ended.wait(10)
+    # The first ones that got no answer were none to end for.
+    assert beats[1] < 0.2 <= beats[-1]
 
 
 def test_error_says_which_worker_met_it_and_where_and_stays_of_its_kind() -> None:
