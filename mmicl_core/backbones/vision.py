@@ -91,6 +91,7 @@ class Vision:
 
     def __init__(self, root: Any, family: Family, processor: Any, entrance: nn.Module) -> None:
         self._root, self._family, self._processor, self._entrance = root, family, processor, entrance
+        entrance.register_forward_pre_hook(_together)
         self._names = set(inspect.signature(root.get_image_features).parameters)
         self._image_token = str(getattr(processor, family.image_token, "<image>"))
         self._ids: tuple[int, ...] | None = None
@@ -222,6 +223,12 @@ class Vision:
     def _place(self) -> tuple[torch.device, torch.dtype]:
         weight = next(self._entrance.parameters())
         return weight.device, weight.dtype
+
+
+def _together(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """States without the class token lie apart, and those of several pictures are then multiplied in another
+    way than those of one, which on some processors ends in other bits."""
+    return tuple(one.contiguous() if isinstance(one, Tensor) else one for one in given)
 
 
 def _flat(features: Tensor | Sequence[Tensor]) -> Tensor:

@@ -72,7 +72,7 @@ class Ingress:
             replicas=self._replicas,
         )
         api = build_api(services, [page_router(config)] if config.playground else [])
-        # Ray's proxy writes the id of a request on its answer, as the request gave it or as it made it.
+        # Ray writes the id of a request on its answer, as the request gave it or as it made it.
         api.state.proxied = True
         return api
 

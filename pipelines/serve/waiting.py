@@ -120,7 +120,7 @@ def is_proxied(scope: Scope) -> bool:
 def _watch(scope: Scope, receive: Receive) -> asyncio.Future[None]:
     """Done when whoever asked has hung up.
 
-    Ray's proxy cancels the whole request then, and each look would be a call to it.
+    Ray cancels the whole request then, and where its own proxy is used, each look would be a call to it.
     """
     if is_proxied(scope):
         return asyncio.get_running_loop().create_future()

@@ -7,9 +7,6 @@ accuracy of its answers; requests and tokens a second of 16 clients; what the wa
 adds; bytes of keys and values. Opponents of a pack are no demonstrations, demonstrations written out, those
 behind a warm cache of exactly their keys and values, and those that come in another order each time, where
 such a cache cannot help; fused ones in another order each time come out of the bank.
-
-The generator begins five times sooner behind a pack. What HTTP and Ray add to every request, some 15 ms on
-two cores, makes less than that of it for who asks a model as small as nano.
 """
 
 from __future__ import annotations
@@ -123,7 +120,7 @@ def test_first_token_comes_sooner_behind_a_pack_than_behind_written_demonstratio
         )
     )
     assert replica["written out, another order each time"] >= 5 * replica["pack"]
-    assert full >= 3 * pack
+    assert full >= 5 * pack
     assert pack <= 1.3 * alone
 
 
@@ -148,7 +145,6 @@ def test_many_clients_are_answered_four_times_as_often_behind_packs(
     assert ratio >= 4
 
 
-@pytest.mark.xfail(strict=True, reason="11 ms on two cores; an empty application behind Ray's proxy takes 5")
 def test_http_and_ingress_add_less_than_five_milliseconds(url: str, asked_episodes: list[Episode]) -> None:
     # Not Serve's own, which it would close in a loop that has ended.
     handle = DeploymentHandle(app.GENERATOR, app.APPLICATION)

@@ -100,7 +100,7 @@ def test_hooks_are_gone_after_the_pass_also_when_it_fails() -> None:
     backbone = tiny_backbone()
     soft_KSD = random(2, PROMPTS, backbone.width)
     prompts = prompts_of(backbone, 5).after(soft_KSD[0], soft_KSD[1:])
-    blocks = [*backbone.layers, *(backbone.vision_layers or ())]
+    blocks = [*backbone.layers, *(backbone.vision_layers or ()), backbone.projector]
     before = [len(block._forward_pre_hooks) + len(block._forward_hooks) for block in blocks]
     backbone.read(prompts)
     with (
@@ -113,7 +113,6 @@ def test_hooks_are_gone_after_the_pass_also_when_it_fails() -> None:
         raise RuntimeError("stop")
     after = [len(block._forward_pre_hooks) + len(block._forward_hooks) for block in blocks]
     assert after == before
-    assert not backbone.projector._forward_pre_hooks
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

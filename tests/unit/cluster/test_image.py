@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 from ray._private import ray_constants
 
-from pipelines.environment import DEFAULTS
+from pipelines.environment import DEFAULTS, HAPROXY_BINARY, HAPROXY_STARTER
 from tests.unit.cluster.manifests import PROJECT, ROOT, pin
 
 FILE = ROOT / "cluster" / "image" / "Dockerfile"
@@ -135,6 +135,8 @@ def environment() -> dict[str, str]:
 def test_ray_is_set_up_as_programs_set_it_up_for_themselves():
     # Nodes, proxies and agents are started by no program of ours.
     expected = {name: value for name, value in DEFAULTS.items() if name.startswith("RAY_")}
+    # Where pip puts commands in the image's Python.
+    expected[HAPROXY_BINARY] = f"/usr/local/bin/{HAPROXY_STARTER}"
     assert {name: value for name, value in environment().items() if name.startswith("RAY_")} == expected
 
 
