@@ -11,7 +11,6 @@ import json
 import logging
 import shutil
 import threading
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import ray.train
 import torch
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import backbone_identity, load_backbone, outline_backbone
@@ -252,16 +252,16 @@ def _fit(job: Job) -> None:
         if not tries_left or find_mistake(failure) is not None:
             raise failure
         log.info("Training broke off (%s) and goes on from its last checkpoint", type(failure).__name__)
-        _let_go(failure)
+        _free_what_is_left()
 
 
-def _let_go(failure: BaseException) -> None:
-    """Free what the frames of a failure hold: Ray Train's controller among it, whose workers keep the CPUs
-    that the next try waits for."""
-    held: BaseException | None = failure
-    while held is not None:
-        traceback.clear_frames(held.__traceback__)
-        held = held.__cause__ or held.__context__
+def _free_what_is_left() -> None:
+    """Give back what workers held that could not be started: Ray would keep it until this program ends."""
+    job = ray.get_runtime_context().get_job_id()
+    for name, group in placement_group_table().items():
+        # An id ends with that of the job that it belongs to.
+        if name.endswith(job) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
 def _try_to_fit(job: Job) -> BaseException | None:

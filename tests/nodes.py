@@ -358,6 +358,9 @@ class Cluster:
         path = os.pathsep.join([str(BIN), os.environ["PATH"]])
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
         code = {"PYTHONPATH": str(ROOT), "PATH": path, "HOME": str(host.folder)}
+        if host.init is None:
+            # HAProxies of several nodes then share their ports.
+            code["SERVE_SOCKET_REUSE_PORT_ENABLED"] = "1"
         return _plain() | code | token | self._environment
 
     def _ray_start(self, host: Host, *arguments: str) -> None:
