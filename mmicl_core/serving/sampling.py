@@ -21,6 +21,8 @@ class Sampling:
     """Texts that end an answer, which do not belong to it."""
     top_logprobs: int | None = None
     """How many of the likeliest tokens are told with each token; None tells no probabilities at all."""
+    ignore_eos: bool = False
+    """Whether it goes on to its last token, whatever the model would do."""
 
 
 @dataclass(frozen=True)

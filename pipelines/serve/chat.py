@@ -238,6 +238,7 @@ def _samplings(sent: ChatRequest, config: ServeConfig) -> tuple[Sampling, ...]:
             seed=(seed + index) % 2**SEED_BITS,
             stop=tuple(sent.stop or ()),
             top_logprobs=(sent.top_logprobs or 0) if sent.logprobs else None,
+            ignore_eos=sent.ignore_eos or False,
         )
         for index in range(answers)
     )

@@ -237,6 +237,8 @@ class ChatRequest(Body):
         Stops | None, BeforeValidator(_as_list, json_schema_input_type=StopText | Stops | None)
     ] = None
     """Texts that end an answer and do not belong to it: one, or up to four."""
+    ignore_eos: bool | None = None
+    """Answers of `max_tokens`, none shorter but for `stop`, as load tests want them."""
     seed: int | None = Field(default=None, ge=-(2**SEED_BITS), lt=2**SEED_BITS)
     """Equal seeds, equal answers, as long as the model is the same."""
     logprobs: bool | None = None

@@ -19,7 +19,7 @@ from pipelines.serve.errors import DeadlineError
 
 __all__ = ["Mail", "Teller", "late"]
 
-GATHERING_SECONDS = 0.03
+GATHERING_SECONDS = 0.05
 """Every group costs each process that it comes through the same, whatever is in it; nobody reads faster."""
 
 Mail: TypeAlias = tuple[Event, ...] | Exception

@@ -202,6 +202,8 @@ class VllmGenerator:
     def _parameters(self, sampling: Sampling) -> Any:
         return self._vllm.SamplingParams(
             max_tokens=sampling.max_new_tokens,
+            # Before so many, it bans the token that ends an answer.
+            min_tokens=sampling.max_new_tokens if sampling.ignore_eos else 0,
             temperature=sampling.temperature,
             # Nothing at all is no share to vLLM; the smallest one holds the likeliest token alone.
             top_p=max(sampling.top_p, 1e-6),

@@ -1,9 +1,11 @@
-"""What fused demonstrations save: time of reading a prompt, full against fused, in one run.
+"""What fused demonstrations save, full against fused in one run: time of reading a prompt, and bytes of what is
+kept of it.
 
     make bench
 
-Prints one JSON object for each number of shots: the ratio of the median times, full / fused, with the
-spread of the ratio over the repetitions, and the ratio of the prompt lengths beside it.
+Prints JSON objects for each number of shots: the ratio of the median times, full / fused, with the spread of
+the ratio over the repetitions, and the ratio of the prompt lengths beside it; bytes of the keys and values of
+demonstrations in a server, and their tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ from PIL import Image
 from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import HuggingFaceBackbone, load_backbone
 from mmicl_core.data.collate import Packed, pack
+from mmicl_core.methods.base import Plain
 from mmicl_core.prompts import Turn, count_text
+from mmicl_core.serving.engine import Engine
+from mmicl_core.serving.jobs import Job
+from mmicl_core.serving.prefixes import Prefix
+from mmicl_core.serving.sampling import Sampling
 
 REPETITIONS = 15
 TEXT_TOKENS = 6
@@ -71,3 +78,33 @@ def test_fused_prompts_are_read_faster_than_full_ones_by_a_ratio(shots_per_class
     }
     print(json.dumps(result))
     assert result["length_ratio"] > 1
+
+
+@torch.no_grad()
+def prefix_of(backbone: HuggingFaceBackbone, shown: list[Turn], fused: tuple[torch.Tensor, ...]) -> Prefix:
+    engine, pictures = Engine(backbone, 1, 2**30), backbone.prepare([Image.new("RGB", (72, 72), "red")])
+    asked = (*shown, Turn((), "This is", None))
+    engine.add(
+        Job(Plain(backbone), asked, {"p": pictures[0]}, (Sampling(1),), lambda _: None, fused, prefix="it")
+    )
+    while not engine.idle:
+        engine.step()
+    found = engine.prefixes.get("it")
+    assert found is not None
+    return found
+
+
+# Fewer are computed anew in less time than it takes to look them up.
+@pytest.mark.bench
+@pytest.mark.parametrize("shots_per_class", [2, 4, 8])
+def test_keys_and_values_of_fused_demonstrations_take_as_many_bytes_as_their_tokens_say(
+    shots_per_class: int,
+) -> None:
+    backbone, count = load_backbone(resolve("embedded:nano")), 2 * shots_per_class
+    full = prefix_of(backbone, [Turn(("p",), "This is", "bako")] * count, ())
+    fused = prefix_of(backbone, [], (torch.randn(TEXT_TOKENS, backbone.width),) * count)
+    told = {name: [one.nbytes, one.length] for name, one in {"full": full, "fused": fused}.items()}
+    ratios = {"bytes": full.nbytes / fused.nbytes, "tokens": full.length / fused.length}
+    print(json.dumps({"shots_per_class": shots_per_class, "bytes and tokens": told, "ratios": ratios}))
+    assert ratios["bytes"] == pytest.approx(ratios["tokens"], rel=0.01)
+    assert ratios["bytes"] > 3

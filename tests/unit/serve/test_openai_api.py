@@ -193,8 +193,8 @@ def test_prefix_names_all_that_stands_before_the_last_turn(services):
 
 def test_sampling_is_as_the_request_says(services):
     fields = {"temperature": 0.7, "top_p": 0.9, "n": 2, "stop": "\n", "seed": 5, "max_tokens": 3}
-    question = asked(services, logprobs=True, top_logprobs=4, **fields)
-    assert question.samplings == tuple(Sampling(3, 0.7, 0.9, seed, ("\n",), 4) for seed in (5, 6))
+    question = asked(services, logprobs=True, top_logprobs=4, ignore_eos=True, **fields)
+    assert question.samplings == tuple(Sampling(3, 0.7, 0.9, seed, ("\n",), 4, True) for seed in (5, 6))
 
 
 def test_sampling_without_a_word_takes_the_likeliest_token_and_a_seed_of_its_own(services):

@@ -46,6 +46,7 @@ class Parameters:
     """vLLM's SamplingParams, as far as they are used."""
 
     max_tokens: int
+    min_tokens: int
     temperature: float
     top_p: float
     seed: int
@@ -88,7 +89,10 @@ class Engine:
             await asyncio.sleep(0)
             if self.errored:
                 raise RuntimeError("EngineCore died")
-            (token,) = choose(decoding.scores_BV, [sampling], [count])
+            allowed_BV = decoding.scores_BV.clone()
+            if count < parameters.min_tokens:
+                allowed_BV[:, parameters.stop_token_ids] = float("-inf")
+            (token,) = choose(allowed_BV, [sampling], [count])
             ends = token in parameters.stop_token_ids
             is_last = ends or count + 1 == parameters.max_tokens
             reason = ("stop" if ends else "length") if is_last else None
@@ -172,6 +176,7 @@ def questions(folder: Path) -> list[Question]:
         question(model="tiny@aim", fusion=fuse(folder, 2), samplings=drawn, **written_out(1, "kept")),
         question(model="tiny@prompt_tuning", samplings=drawn),
         question(model="tiny@mmict", **written_out(2)),
+        question(samplings=(Sampling(40, ignore_eos=True),)),
     ]
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -114,6 +117,36 @@ def test_drawn_answers_depend_on_their_seed_and_not_on_who_is_answered_beside(
         engine.add(job(method, 1, 2, single, samplings=(sampling,)))
         run(engine)
         assert single.tokens[0] == together.tokens[index]
+
+
+@contextmanager
+def ending_with(tokenizer: Any, token: int) -> Iterator[None]:
+    """Take another token for the end of an answer; a tokenizer is no object that can be patched."""
+    before, tokenizer.eos_token_id = tokenizer.eos_token_id, token
+    try:
+        yield
+    finally:
+        tokenizer.eos_token_id = before
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answer_that_ignores_the_end_has_all_its_tokens_and_those_beside_it_end_as_they_would(
+    backbone: HuggingFaceBackbone, temperature: float
+) -> None:
+    method, single = Plain(backbone), Told()
+    engine = Engine(backbone, 4, 0)
+    engine.add(job(method, 2, 1, single, samplings=(Sampling(3 * MOST, temperature=temperature, seed=7),)))
+    run(engine)
+    # Now the model ends where it said its third token.
+    end = single.tokens[0][2]
+    told, samplings = Told(), [Sampling(3 * MOST, temperature=temperature, seed=7) for _ in range(2)]
+    samplings[0] = replace(samplings[0], ignore_eos=True)
+    engine.add(job(method, 2, 1, told, samplings=tuple(samplings)))
+    with ending_with(backbone.tokenizer, end):
+        run(engine)
+    assert (len(told.tokens[0]), told.ended[0].reason) == (3 * MOST, "length")
+    assert end not in told.tokens[0]
+    assert (told.tokens[1], told.ended[1].reason) == (single.tokens[0][: single.tokens[0].index(end)], "stop")
 
 
 def test_likelihoods_are_those_of_the_scores_of_each_token(backbone: HuggingFaceBackbone) -> None:
