@@ -1,5 +1,5 @@
-"""What fused demonstrations save, full against fused in one run: time of reading a prompt, and bytes of what is
-kept of it.
+"""What fused demonstrations save, full against fused in one run: time of reading a prompt, and bytes of what
+is kept of it.
 
     make bench
 
