@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import resource
 import shutil
@@ -66,6 +67,7 @@ def signs_of_machine(output: str, bank: str | None) -> Iterator[Sign]:
     yield _temporary(Path(tempfile.gettempdir()))
     yield _open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     yield from (_port(port, use) for port, use in PORTS.items())
+    yield _name()
     yield _token()
     yield Sign("models are read from folders, none is downloaded")
 
@@ -158,6 +160,25 @@ def _port(port: int, use: str) -> Sign:
                 "all is well if that is what listens there, which `ray status` says; else name another port",
             )
     return Sign(f"port {port} ({use}) is free")
+
+
+def _name() -> Sign:
+    """Workers without GPUs meet each other by gloo, which listens where the name of the machine leads."""
+    name = socket.gethostname()
+    try:
+        addresses = {found[4][0] for found in socket.getaddrinfo(name, None)}
+    except OSError as error:
+        addresses = set()
+        says = f"this machine's name, {name}, leads nowhere ({error.strerror})"
+    else:
+        says = f"this machine's name, {name}, leads to {', '.join(sorted(map(str, addresses)))}"
+    if any(not ipaddress.ip_address(str(one).partition("%")[0]).is_loopback for one in addresses):
+        return Sign(says)
+    return Sign(
+        says,
+        "to train without GPUs on several machines, set GLOO_SOCKET_IFNAME to the device between them "
+        "(`ip route` names it) where Ray is started",
+    )
 
 
 def _token() -> Sign:

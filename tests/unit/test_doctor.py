@@ -130,6 +130,23 @@ def test_container_has_the_memory_that_it_was_given(monkeypatch, tmp_path):
     assert "memory 1.0 GB" not in found("/dev/shm", tmp_path).says
 
 
+@pytest.mark.parametrize(
+    ("addresses", "is_well"),
+    [(["127.0.1.1"], False), (["::1", "127.0.0.1"], False), (["127.0.1.1", "192.0.2.7"], True), ([], False)],
+)
+def test_name_that_leads_no_other_machine_here_is_a_remark(monkeypatch, tmp_path, addresses, is_well):
+    def look_up(*_):
+        if not addresses:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(None, None, None, "", (one, 0)) for one in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    sign = found("name, ", tmp_path)
+    assert (sign.remedy is None) == is_well
+    assert all(one in sign.says for one in addresses)
+    assert is_well or "GLOO_SOCKET_IFNAME" in sign.remedy
+
+
 def test_token_is_told_by_where_it_is_and_never_itself(monkeypatch, tmp_path):
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
