@@ -92,7 +92,8 @@ class ServeConfig(Config):
     all, `auto` fuses those with pictures that come first, where the model named can."""
 
     ingress_replicas: int = Field(default=1, ge=1)
-    """Processes that take HTTP apart. Limits of keys and metrics are those of each."""
+    """Processes that take HTTP apart. Of two, one takes over at once what is asked again when the other dies.
+    Limits of keys and metrics are those of each."""
 
     compressor: ReplicasConfig = ReplicasConfig()
     """Replicas that turn demonstrations into fused tokens."""
