@@ -86,7 +86,11 @@ def _run(
     )
 
 
-@pytest.fixture(scope="module", params=[AIM, LCL], ids=["aim", "lcl by muon"])
+# The second takes as long again; `make test` trains it once, below.
+METHODS = [AIM, pytest.param(LCL, marks=pytest.mark.trial)]
+
+
+@pytest.fixture(scope="module", params=METHODS, ids=["aim", "lcl by muon"])
 def method(request: pytest.FixtureRequest) -> MethodConfig:
     return request.param
 
