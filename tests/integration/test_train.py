@@ -87,10 +87,10 @@ def _run(
 
 
 # The second takes as long again; `make test` trains it once, below.
-METHODS = [AIM, pytest.param(LCL, marks=pytest.mark.trial)]
+TRAINED = [AIM, pytest.param(LCL, marks=pytest.mark.trial)]
 
 
-@pytest.fixture(scope="module", params=METHODS, ids=["aim", "lcl by muon"])
+@pytest.fixture(scope="module", params=TRAINED, ids=["aim", "lcl by muon"])
 def method(request: pytest.FixtureRequest) -> MethodConfig:
     return request.param
 
