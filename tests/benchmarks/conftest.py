@@ -87,7 +87,7 @@ def figures(request: pytest.FixtureRequest) -> Iterator[Figures]:
     """Takes what a benchmark measures; it is printed when the benchmark has ended."""
     found = request.node.stash[FIGURES] = Figures()
     yield found
-    print("", *found.lines(), sep="\n")
+    print(f"\n{request.node.name}", *found.lines(), sep="\n")
 
 
 def _ended(phases: list[Phase]) -> tuple[Outcome, str]:

@@ -202,11 +202,12 @@ class Records(_Strict):
 
 
 def shown(value: float) -> str:
-    """Three digits, and all of those before the point."""
-    if value == 0:
-        return "0"
+    """Three digits, and all of those before the point; numbers that are whole stay so."""
+    if value.is_integer():
+        return f"{value:,.0f}"
     return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
 def _rounded(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
+    # What was counted stays as it is.
+    return value if float(value).is_integer() else float(f"{value:.{DIGITS}g}")

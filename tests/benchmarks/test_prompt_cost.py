@@ -53,7 +53,7 @@ def read_time(
 
 @pytest.mark.bench
 @pytest.mark.gate
-@pytest.mark.parametrize("shots_per_class", [1, 2, 4, 8], ids="{} shots a class".format)
+@pytest.mark.parametrize("shots_per_class", [1, 2, 4, 8], ids="shots per class {}".format)
 def test_fused_prompts_are_read_faster_than_full_ones_by_a_ratio(
     shots_per_class: int, figures: Figures
 ) -> None:
@@ -97,7 +97,7 @@ def prefix_of(backbone: HuggingFaceBackbone, shown: list[Turn], fused: tuple[tor
 # Fewer are computed anew in less time than it takes to look them up.
 @pytest.mark.bench
 @pytest.mark.gate
-@pytest.mark.parametrize("shots_per_class", [2, 4, 8], ids="{} shots a class".format)
+@pytest.mark.parametrize("shots_per_class", [2, 4, 8], ids="shots per class {}".format)
 def test_keys_and_values_of_fused_demonstrations_take_as_many_bytes_as_their_tokens_say(
     shots_per_class: int, figures: Figures
 ) -> None:
