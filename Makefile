@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RESULTS := runs/benchmarks.json
+GATED := runs/benchmarks-gate.json
 BROWSERS := chromium chromium-browser google-chrome
 
 .PHONY: help quickstart test check bench bench-gate trials clean browser
@@ -41,8 +42,9 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.compare $(RESULTS) && exit $$passed
 
 bench-gate: $(STAMP)
-	$(BIN)/python -m pytest -q -m gate --record $(RESULTS) tests/benchmarks
-	$(BIN)/python -m tests.benchmarks.compare --quick $(RESULTS)
+	rm -f $(GATED)
+	$(BIN)/python -m pytest -q -m gate --record $(GATED) tests/benchmarks
+	$(BIN)/python -m tests.benchmarks.compare --quick $(GATED)
 
 trials: $(STAMP)
 	$(BIN)/python -m pytest -m trial -s --timeout=0

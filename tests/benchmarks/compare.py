@@ -33,17 +33,18 @@ class Row:
     """One figure, before and now."""
 
     figure: str
-    unit: str
-    baseline: float | None
-    now: float | None
+    baseline: Figure | None
+    now: Figure | None
     verdict: str
 
     @property
     def cells(self) -> tuple[str, ...]:
         """As the table shows it."""
-        both = f"{self.now / self.baseline:.3f}" if self.baseline and self.now is not None else ""
-        before, now = (f"{shown(v)} {self.unit}" if v is not None else "" for v in (self.baseline, self.now))
-        return self.figure, before, now, both, self.verdict
+        values = (f"{shown(one.value)} {one.unit}" if one else "" for one in (self.baseline, self.now))
+        ratio = ""
+        if self.now and self.baseline and self.baseline.value != 0:
+            ratio = f"{self.now.value / self.baseline.value:.3f}"
+        return self.figure, *values, ratio, self.verdict
 
 
 @dataclass
@@ -104,8 +105,7 @@ def _judge(found: Comparison, name: str, figure: str, benchmark: Benchmark, befo
     elif before is not None and now is not None and before.unit != now.unit:
         found.missing.append(f"{figure!r} of {name} is in {now.unit} and in the baseline in {before.unit}")
     else:
-        values = [one.value if one else None for one in (before, now)]
-        found.rows[name].append(Row(figure, told.unit, *values, _verdict(now, before)))
+        found.rows[name].append(Row(figure, before, now, _verdict(now, before)))
 
 
 def _verdict(now: Figure | None, before: Figure | None) -> str:
@@ -145,8 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         more = f" (and {len(found.missing) - 1} more)" if len(found.missing) > 1 else ""
         print(
             f"{given.results} cannot be held against {given.baseline}: {found.missing[0]}{more}; "
-            "measure it with `make bench`, or a new baseline on a quiet machine "
-            f"with `--record {given.baseline}`",
+            "measure all of it with `make bench`, or let what a quiet machine measured be the baseline "
+            f"(`cp {given.results} {given.baseline}`)",
             file=sys.stderr,
         )
         return 2

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.benchmarks.compare import compare, main
+from tests.benchmarks.compare import BASELINE, compare, main
 from tests.benchmarks.records import Figures, Records
 from tests.unit.benchmarks.made import benchmark, measured, records
 
@@ -120,7 +120,14 @@ def test_what_is_missing_ends_with_two_and_a_sentence(status, tmp_path, capsys):
     assert told.count("\n") == 1
     assert "test_it::test_fast was not measured (and 1 more)" in told
     assert "`make bench`" in told
-    assert f"--record {tmp_path / 'baseline.json'}" in told
+    assert f"`cp {tmp_path / 'now.json'} {tmp_path / 'baseline.json'}`" in told
+
+
+def test_baseline_that_is_committed_has_a_gate_in_every_quick_benchmark():
+    baseline = Records.read(BASELINE)
+    found = compare(baseline, baseline, quick=True)
+    assert (found.missing, found.regressed) == ([], False)
+    assert all(any(row.verdict != "not gated" for row in rows) for rows in found.rows.values())
 
 
 @pytest.mark.parametrize("baseline", [None, "[]"])

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 
-from tests.benchmarks.conftest import code_revision
+from pipelines.environment import code_revision
 from tests.benchmarks.records import Records
 
 pytest_plugins = ["pytester"]
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 BENCHMARKS = """
 import pytest
@@ -79,6 +84,14 @@ def test_part_of_the_benchmarks_keeps_the_others(session):
     assert after.pop("test_it::test_speed_holds").figures["speed"].value == 5.0
     assert after.items() <= before.items()
     assert len(after) == len(before) - 1
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("test_*.py")), ids=lambda file: file.stem)
+def test_every_benchmark_of_ours_records_figures(file):
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    tests = [node for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    assert tests
+    assert [test.name for test in tests if "figures" not in {arg.arg for arg in test.args.args}] == []
 
 
 def test_session_without_benchmarks_writes_nothing(session):
