@@ -5,8 +5,8 @@ is kept of it.
 
 Records for each number of shots the ratio of the times, full over fused, with its spread over the
 repetitions, and the ratio of the prompt lengths beside it; bytes of the keys and values of demonstrations in
-a server, and their tokens. Lengths and bytes are counted, so they gate; times of two threads on two cores
-that others use do not.
+a server, and their tokens. Lengths and bytes are counted, so they gate closely. The longest prompts gate by
+their times too, with room: beside 5 to 16 other processes on two cores, medians were 2.7 to 3.7.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from tests.benchmarks.records import Figures
 
 REPETITIONS = 15
 COUNTED = 0.99
+# By number of shots: where reading takes long enough to be told from its noise.
+TIMED = {8: 0.5}
 TEXT_TOKENS = 6
 
 
@@ -75,7 +77,7 @@ def test_fused_prompts_are_read_faster_than_full_ones_by_a_ratio(
     read_fused = read_time(backbone, fused, 1, count)
     ratios = [read_full() / read_fused() for _ in range(REPETITIONS)]
     length_ratio = full.ids_BL.shape[1] / fused.ids_BL.shape[1]
-    figures.ratio("time, full over fused", ratios)
+    figures.ratio("time, full over fused", ratios, gate=TIMED.get(shots_per_class))
     figures.ratio("tokens, full over fused", length_ratio, gate=COUNTED)
     assert length_ratio > 1
 
