@@ -4,15 +4,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RESULTS := runs/benchmarks.json
+GATED := runs/benchmarks-gate.json
 BROWSERS := chromium chromium-browser google-chrome
 
-.PHONY: help quickstart test check bench trials clean browser
+.PHONY: help quickstart test check bench bench-gate trials clean browser
 
 help:
 	@echo "make quickstart   the whole loop on real pictures: runs/quickstart/report.html"
 	@echo "make test         unit, house and integration tests"
 	@echo "make check        format, lint, types, house rules"
-	@echo "make bench        benchmarks"
+	@echo "make bench        benchmarks: runs/benchmarks.md, and what differs from the baseline"
+	@echo "make bench-gate   those of seconds: fails where a stable ratio regressed"
 	@echo "make trials       long chaos, soak and fuzz runs"
 	@echo "make clean        remove the environment and what tools leave behind"
 
@@ -31,8 +34,17 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/house
 
+# All of them are measured anew; the page and the comparison are also of benchmarks that failed.
 bench: $(STAMP)
-	$(BIN)/python -m pytest -m bench -s --timeout=0
+	rm -f $(RESULTS)
+	$(BIN)/python -m pytest -m bench -s --timeout=0 --record $(RESULTS) tests/benchmarks; passed=$$?; \
+	$(BIN)/python -m tests.benchmarks.page $(RESULTS) runs/benchmarks.md && \
+	$(BIN)/python -m tests.benchmarks.compare $(RESULTS) && exit $$passed
+
+bench-gate: $(STAMP)
+	rm -f $(GATED)
+	$(BIN)/python -m pytest -q -m gate --record $(GATED) tests/benchmarks
+	$(BIN)/python -m tests.benchmarks.compare --quick $(GATED)
 
 trials: $(STAMP)
 	$(BIN)/python -m pytest -m trial -s --timeout=0

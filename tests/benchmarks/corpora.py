@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-__all__ = ["machine", "write_photographs"]
+__all__ = ["write_photographs"]
 
 # 640 x 480 at this quality weighs some 47 kB.
 WIDTH, HEIGHT, QUALITY = 640, 480, 85
@@ -48,16 +48,3 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     archive.addfile(member, io.BytesIO(data))
-
-
-def machine() -> dict[str, object]:
-    """What the figures were measured on."""
-    import os
-    import platform
-
-    model = "unknown"
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            model = line.partition(": ")[2]
-            break
-    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version()}

@@ -2,8 +2,8 @@
 
     make bench
 
-Prints one JSON object for names (a token or two) and for descriptions (tens of tokens), with and without
-demonstrations: questions a second in batches over one at a time. The answers have to be the same.
+Records for names (a token or two) and for descriptions (tens of tokens), with and without demonstrations,
+questions a second in batches over one at a time. The answers have to be the same.
 
 What a batch saves is the overhead of a pass, and the arithmetic units that a single row leaves idle. Names
 behind long prompts leave none: there almost all of the time is that of reading pictures and prompts, which is
@@ -12,7 +12,6 @@ arithmetic in either case. The bar is that of generation, descriptions without d
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from mmicl_core.evaluation.answering import LocalAnswerer, Request, request_of
 from mmicl_core.evaluation.cells import lay_out
 from mmicl_core.evaluation.tasks.corpus import TwoWayTask
 from mmicl_core.methods.base import Plain
+from tests.benchmarks.records import Figures
 from tests.corpora import drawn_episodes, open_shards
 from tests.unit.test_assets import Encoded
 
@@ -37,10 +37,12 @@ DESCRIPTION = "Describe the picture.", 64
 
 @pytest.mark.bench
 @pytest.mark.parametrize(
-    ("described", "shots", "least"), [(True, 0, 4), (True, SHOTS, 0), (False, 0, 0), (False, SHOTS, 0)]
+    ("described", "shots", "least"),
+    [(True, 0, 4), (True, SHOTS, 0), (False, 0, 0), (False, SHOTS, 0)],
+    ids=["descriptions", "descriptions with demonstrations", "names", "names with demonstrations"],
 )
 def test_batches_are_answered_faster_than_questions_one_at_a_time(
-    described: bool, shots: int, least: float, tmp_path: Path
+    described: bool, shots: int, least: float, tmp_path: Path, figures: Figures
 ) -> None:
     torch.set_num_threads(1)
     corpus = open_shards(resolve("embedded:open_emoji"), tmp_path)
@@ -66,13 +68,8 @@ def test_batches_are_answered_faster_than_questions_one_at_a_time(
     (alone, seconds_alone), (together, seconds_together) = answered(1), answered(BATCH)
     assert together == alone
     ratio = seconds_alone / seconds_together
-    told = {
-        "answers": "descriptions" if described else "names",
-        "shots": shots,
-        "letters of an answer": round(sum(map(len, alone)) / len(alone), 1),
-        "questions a second, batches over one at a time": round(ratio, 2),
-    }
-    print(json.dumps(told))
+    figures.absolute("letters of an answer", sum(map(len, alone)) / len(alone), "letters")
+    figures.ratio("questions a second, batches over one at a time", ratio)
     assert ratio > least
 
 

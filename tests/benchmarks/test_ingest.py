@@ -2,8 +2,8 @@
 
     make bench
 
-Prints one JSON object: pictures a second of each way once it runs, the seconds it takes to start, the ratios
-in one run, and the machine. Every way reads the same shards and ends with 224 x 224 arrays; ours also checks,
+Records pictures a second of each way once it runs, the seconds it takes to start, and the ratios in one run.
+Every way reads the same shards and ends with 224 x 224 arrays; ours also checks,
 hashes and writes down every picture.
 
     bare            one process: tarfile, Pillow, resize
@@ -15,7 +15,6 @@ hashes and writes down every picture.
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +35,8 @@ from mmicl_core.config.corpus import ConceptConfig, CorpusConfig
 from pipelines.pairs import Corpus, look_at_part, open_corpus, read_pairs
 from pipelines.parts import Counts, Pool, run_parts
 from pipelines.stages import Stage, read_manifest
-from tests.benchmarks.corpora import machine, write_photographs
+from tests.benchmarks.corpora import write_photographs
+from tests.benchmarks.records import Figures
 
 SIDE = 224
 SHARDS, PICTURES = 16, 500
@@ -154,7 +154,9 @@ def on_a_cluster(cpus: int) -> Iterator[None]:
 
 
 @pytest.mark.bench
-def test_pictures_become_arrays_at_the_speed_of_decoding(shards: list[Path], tmp_path: Path) -> None:
+def test_pictures_become_arrays_at_the_speed_of_decoding(
+    shards: list[Path], tmp_path: Path, figures: Figures
+) -> None:
     ways: dict[str, tuple[float, float]] = {
         "bare": measure(partial(bare, decode=decode_plainly), shards),
         "bare_reduced": measure(partial(bare, decode=decode_reduced), shards),
@@ -174,15 +176,12 @@ def test_pictures_become_arrays_at_the_speed_of_decoding(shards: list[Path], tmp
         "bare_reduced_2 / bare_reduced": rates["bare_reduced_2"] / rates["bare_reduced"],
     }
     size = sum(shard.stat().st_size for shard in shards) / (SHARDS * PICTURES)
-    result = {
-        "pictures": SHARDS * PICTURES,
-        "bytes_a_picture": round(size),
-        "pictures_a_second": {name: round(value) for name, value in rates.items()},
-        "seconds_to_start": {name: round(seconds, 1) for name, (_, seconds) in ways.items()},
-        "ratios": {name: round(value, 2) for name, value in ratios.items()},
-        "machine": machine(),
-    }
-    print(json.dumps(result))
+    figures.absolute("a picture", size, "bytes")
+    for name, (rate, seconds) in ways.items():
+        figures.absolute(name, rate, "pictures a second")
+        figures.absolute(f"{name}, until it runs", seconds, "s")
+    for name, ratio in ratios.items():
+        figures.ratio(name, ratio)
     assert ratios["ours_1 / bare"] >= LEAST_OF_BARE
     assert ratios["ours_1 / webdataset_1"] >= LEAST_OF_WEBDATASET
     assert ratios["ours_2 / webdataset_2"] >= LEAST_OF_WEBDATASET

@@ -2,9 +2,9 @@
 
     make bench
 
-Prints the anonymous memory that each worker took at most while it loaded, in MiB, beside the size of the
-model, which has the layers of SmolLM2-135M twice, and few words: one matrix, which passes whole, is then as
-small a part of it as in models that need to be spread. Pages of the file itself, which the system shares and
+Records the anonymous memory that a worker took at most while it loaded, in MiB, beside the size of the model,
+which has the layers of SmolLM2-135M twice, and few words: one matrix, which passes whole, is then as small a
+part of it as in models that need to be spread. Pages of the file itself, which the system shares and
 drops as it likes, are not counted.
 """
 
@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.benchmarks.records import Figures
 
 ROOT = Path(__file__).parents[2]
 STAGES = {"in pieces": 3, "whole": 2}
@@ -91,7 +93,7 @@ def _load_on_two(folder: Path, stage: int) -> list[dict[str, int]]:
 
 
 @pytest.mark.bench
-def test_worker_that_loads_in_pieces_never_holds_the_model_whole(tmp_path: Path) -> None:
+def test_worker_that_loads_in_pieces_never_holds_the_model_whole(tmp_path: Path, figures: Figures) -> None:
     from tests.benchmarks.test_plan import shaped_like_smol
 
     backbone = shaped_like_smol(vocab_size=4096, num_hidden_layers=60)
@@ -100,10 +102,11 @@ def test_worker_that_loads_in_pieces_never_holds_the_model_whole(tmp_path: Path)
     elements = sum(p.numel() for p in backbone.parameters())
     size = 4 * elements
     found = {name: _load_on_two(tmp_path, stage) for name, stage in STAGES.items()}
-    peaks = {name: [one["most"] // MIB for one in told] for name, told in found.items()}
-    largest = 4 * max(p.numel() for p in backbone.parameters())
-    told = {"model": size // MIB, "its largest matrix": largest // MIB}
-    print(json.dumps(told | {"most anonymous memory of each worker": peaks}))
+    figures.absolute("model", size / MIB, "MiB")
+    figures.absolute("its largest matrix", 4 * max(p.numel() for p in backbone.parameters()) / MIB, "MiB")
+    for name, told in found.items():
+        figures.absolute(f"most memory of a worker, {name}", [one["most"] / MIB for one in told], "MiB")
+        figures.ratio(f"the same over the model, {name}", [one["most"] / size for one in told])
     first, second = found["in pieces"]
     assert max(first["most"], second["most"]) < MOST * size
     assert first["elements"] + second["elements"] < 1.01 * elements

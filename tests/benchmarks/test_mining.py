@@ -2,14 +2,13 @@
 
     make bench
 
-Prints one JSON object: seconds of each stage, episodes a second, the peak of memory and the machine. The
-pairs have no pictures: their embeddings are drawn from a fixed seed around the direction of their concept.
-Everything behind the looks is the real thing, with the similarity of link-context learning in full.
+Records seconds of each stage, episodes a second and the peak of memory. The pairs have no pictures: their
+embeddings are drawn from a fixed seed around the direction of their concept. Everything behind the looks is
+the real thing, with the similarity of link-context learning in full.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +31,7 @@ from pipelines.episodes import Source, build_episodes
 from pipelines.pairs import Corpus
 from pipelines.parts import Counts, run_parts
 from pipelines.stages import Stage, read_manifest
-from tests.benchmarks.corpora import machine
+from tests.benchmarks.records import Figures
 from tests.benchmarks.test_memory import Peak
 from tests.unit.test_embedders import save_clip
 
@@ -94,7 +93,7 @@ def draw(part: Mapping[str, Any]) -> tuple[range, Any, Any]:
 
 
 @pytest.mark.bench
-def test_a_million_pairs_become_episodes_within_minutes(tmp_path: Path) -> None:
+def test_a_million_pairs_become_episodes_within_minutes(tmp_path: Path, figures: Figures) -> None:
     seconds: dict[str, float] = {}
 
     def timed(name: str, make: Any) -> Any:
@@ -126,17 +125,11 @@ def test_a_million_pairs_become_episodes_within_minutes(tmp_path: Path) -> None:
     manifest = read_manifest(stage.folder)
     assert manifest["built"] > 0.99 * EPISODES
     total = sum(seconds.values())
-    result = {
-        "pairs": PAIRS,
-        "concepts": CONCEPTS,
-        "seconds": seconds,
-        "seconds_total": round(total, 1),
-        "episodes": EPISODES,
-        "episodes_a_second": round(EPISODES / seconds["episodes"]),
-        "share_of_time": {name: round(value / total, 2) for name, value in seconds.items()},
-        "peak_mebibytes": round(mebibytes),
-        "machine": machine(),
-    }
-    print(json.dumps(result))
+    for name, took in seconds.items():
+        figures.absolute(name, took, "s")
+        figures.ratio(f"{name}, of all the time", took / total, "share")
+    figures.absolute("all of them", total, "s")
+    figures.absolute("episodes drawn", EPISODES / seconds["episodes"], "episodes a second")
+    figures.absolute("peak of memory", mebibytes, "MiB")
     assert total < MOST_SECONDS
     assert mebibytes < MOST_MEBIBYTES

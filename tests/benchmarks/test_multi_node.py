@@ -2,20 +2,19 @@
 
     make bench
 
-Prints one JSON object: seconds on one and on two nodes, episodes a second, and how many times as fast two
-are. The first node is also the head, and runs the driver of the job.
+Records seconds on one and on two nodes, episodes a second, and how many times as fast two are. The
+first node is also the head, and runs the driver of the job.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.corpora import machine
+from tests.benchmarks.records import Figures
 from tests.nodes import Cluster, namespaces_are_allowed
 from tests.submitted import Job, drawing
 
@@ -26,23 +25,22 @@ DRAWING = re.compile(r"Drawing train episodes: (\d+) s")
 
 @pytest.mark.bench
 @pytest.mark.alone
-def test_second_node_gives_most_of_twice_the_episodes_a_second(no_ray_cluster: None, tmp_path: Path) -> None:
+def test_second_node_gives_most_of_twice_the_episodes_a_second(
+    no_ray_cluster: None, tmp_path: Path, figures: Figures
+) -> None:
     if (os.cpu_count() or 1) < 2:
         pytest.skip("two nodes need two cores")
     with Cluster(cpus=1, core=0) as cluster:
         one = min(seconds(cluster, tmp_path, f"one-{number}") for number in range(ROUNDS))
         cluster.add("two", core=1)
         two = min(seconds(cluster, tmp_path, f"two-{number}") for number in range(ROUNDS))
-    result = {
-        "episodes": EPISODES,
-        "own_networks": namespaces_are_allowed(),
-        "seconds": {"one node": one, "two nodes": two},
-        "episodes_a_second": {"one node": round(EPISODES / one), "two nodes": round(EPISODES / two)},
-        "times_as_fast": round(one / two, 2),
-        "machine": machine(),
-    }
-    print(json.dumps(result))
-    assert result["times_as_fast"] >= FASTER
+    figures.absolute("nodes with networks of their own", 2 * namespaces_are_allowed(), "nodes")
+    for name, took in {"one node": one, "two nodes": two}.items():
+        figures.absolute(f"{name}, least of {ROUNDS} rounds", took, "s")
+        figures.absolute(name, EPISODES / took, "episodes a second")
+    times_as_fast = round(one / two, 2)
+    figures.ratio("two nodes, times as fast as one", times_as_fast)
+    assert times_as_fast >= FASTER
 
 
 def seconds(cluster: Cluster, folder: Path, name: str) -> int:

@@ -2,12 +2,12 @@
 
     make bench
 
-Prints one JSON object for each model: mebibytes predicted and measured, and the error. Measured is the most
+Records for each model the mebibytes predicted and measured, and their ratio. Measured is the most
 that the process holds in two steps (`VmHWM`), less what it held with everything imported and another model
 trained for a step. The larger model has the shape of SmolLM2-135M and random weights.
 
 What is measured is memory in use: blocks from 64 KiB on go back when they are freed. Left to itself, glibc
-keeps freed blocks of up to 32 MiB between others in use; what a process then takes is printed beside it.
+keeps freed blocks of up to 32 MiB between others in use; what a process then takes is recorded beside it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mmicl_core.methods.aim import Aim, AimBatch, Demonstrations
 from mmicl_core.methods.base import episode_turns
 from mmicl_core.training.hardware import Hardware
 from mmicl_core.training.memory import PromptShape, activations, spread
-from tests.benchmarks.corpora import machine
+from tests.benchmarks.records import Figures
 from tests.fakes import random_pictures, tiny_backbone
 from tests.methods import answered
 
@@ -129,18 +129,12 @@ def run(name: str, variables: Mapping[str, str]) -> dict[str, int]:
 
 @pytest.mark.bench
 @pytest.mark.parametrize("name", SIZES)
-def test_planned_memory_is_what_a_process_takes(name: str) -> None:
+def test_planned_memory_is_what_a_process_takes(name: str, figures: Figures) -> None:
     found, kept = run(name, GIVE_BACK), run(name, {})
     error = found["predicted"] / found["measured"] - 1
-    result = {
-        "model": name,
-        "micro_batch": SIZES[name][0],
-        "tokens": found["tokens"],
-        "predicted_mebibytes": round(found["predicted"] / 2**20),
-        "measured_mebibytes": round(found["measured"] / 2**20),
-        "error": round(error, 3),
-        "measured_as_glibc_keeps_it": round(kept["measured"] / 2**20),
-        "machine": machine(),
-    }
-    print(json.dumps(result))
+    figures.absolute("tokens of an episode", found["tokens"], "tokens")
+    figures.absolute("predicted", found["predicted"] / 2**20, "MiB")
+    figures.absolute("measured", found["measured"] / 2**20, "MiB")
+    figures.absolute("measured as glibc keeps it", kept["measured"] / 2**20, "MiB")
+    figures.ratio("predicted over measured", found["predicted"] / found["measured"])
     assert abs(error) <= MOST

@@ -2,7 +2,7 @@
 
     make bench
 
-Prints one JSON object each. Pairs are those of `test_mining`, with short texts and embeddings of 512 numbers.
+Pairs are those of `test_mining`, with short texts and embeddings of 512 numbers.
 A stage that is started again asks for the note of every part, and at its end reads all of them.
 """
 
@@ -28,7 +28,7 @@ from pipelines.episodes import Source, build_episodes
 from pipelines.pairs import Corpus
 from pipelines.parts import NOTES, finish_parts, make_parts, run_parts
 from pipelines.stages import Stage, read_manifest
-from tests.benchmarks.corpora import machine
+from tests.benchmarks.records import Figures
 from tests.benchmarks.test_mining import PAIRS_OF_A_FILE, WIDTH, write_looks, write_pairs
 from tests.unit.test_embedders import save_clip
 
@@ -37,6 +37,7 @@ PARTS = (1_000, 10_000, 100_000)
 # Rows of a file, and buckets of 10^9 rows.
 EXCHANGED = ((4_096, 15_259), (100_000, 15_259))
 SHA256 = "0" * 64
+COUNTED = 0.95
 
 
 def weight(folder: Path) -> int:
@@ -44,7 +45,9 @@ def weight(folder: Path) -> int:
 
 
 @pytest.mark.bench
-def test_stages_keep_a_few_hundred_bytes_of_a_pair_beside_its_embedding(tmp_path: Path) -> None:
+def test_stages_keep_a_few_hundred_bytes_of_a_pair_beside_its_embedding(
+    tmp_path: Path, figures: Figures
+) -> None:
     parts = [
         {"name": f"{start:08d}", "start": start, "size": min(PAIRS_OF_A_FILE, PAIRS - start)}
         for start in range(0, PAIRS, PAIRS_OF_A_FILE)
@@ -65,19 +68,18 @@ def test_stages_keep_a_few_hundred_bytes_of_a_pair_beside_its_embedding(tmp_path
     stages = {"pairs": pairs, "looked": looked, "concepts": described.concepts, "catalogue": catalogue}
     of_a_pair = {name: round(weight(stage.folder) / PAIRS, 1) for name, stage in stages.items()}
     concepts = read_manifest(catalogue.folder)["groups"]
-    result = {
-        "pairs": PAIRS,
-        "bytes_of_a_pair": of_a_pair,
-        "bytes_of_a_concept": round(weight(neighbours.folder) / concepts),
-        "bytes_of_an_episode": round(weight(episodes.folder) / read_manifest(episodes.folder)["built"]),
-        "machine": machine(),
-    }
-    print(json.dumps(result))
+    for name, size in of_a_pair.items():
+        figures.absolute(f"a pair in {name}", size, "bytes")
+    figures.absolute("a concept's neighbours", weight(neighbours.folder) / concepts, "bytes")
+    built = read_manifest(episodes.folder)["built"]
+    figures.absolute("an episode", weight(episodes.folder) / built, "bytes")
     assert sum(of_a_pair.values()) < 2 * WIDTH + 1000
 
 
 @pytest.mark.bench
-def test_finding_what_is_done_takes_seconds_for_a_hundred_thousand_parts(tmp_path: Path) -> None:
+def test_finding_what_is_done_takes_seconds_for_a_hundred_thousand_parts(
+    tmp_path: Path, figures: Figures
+) -> None:
     seconds: dict[int, Any] = {}
     for count in PARTS:
         stage = Stage(tmp_path, "pairs", parts=count)
@@ -93,7 +95,9 @@ def test_finding_what_is_done_takes_seconds_for_a_hundred_thousand_parts(tmp_pat
         asked = time.perf_counter() - start
         finish_parts(stage, parts)
         seconds[count] = {"asking": round(asked, 2), "ending": round(time.perf_counter() - start - asked, 2)}
-    print(json.dumps({"parts": seconds, "machine": machine()}))
+    for count, of_both in seconds.items():
+        for name, took in of_both.items():
+            figures.absolute(f"{name}, {count:,} parts", took, "s")
     assert sum(seconds[PARTS[-1]].values()) < 120
 
 
@@ -102,7 +106,8 @@ def _never(part: Any, folder: Path) -> Any:
 
 
 @pytest.mark.bench
-def test_rows_of_a_billion_on_their_way_to_buckets(tmp_path: Path) -> None:
+@pytest.mark.gate
+def test_rows_of_a_billion_on_their_way_to_buckets(tmp_path: Path, figures: Figures) -> None:
     found = []
     for count, buckets in EXCHANGED:
         rows = pa.Table.from_pylist(
@@ -135,6 +140,10 @@ def test_rows_of_a_billion_on_their_way_to_buckets(tmp_path: Path) -> None:
         found.append(
             {"rows": count, "buckets": buckets, "megabytes": round(size / 1e6, 1), "seconds": seconds}
         )
-    print(json.dumps({"files": found, "machine": machine()}))
+    for one in found:
+        figures.absolute(f"a file of {one['rows']:,} rows", one["megabytes"], "MB")
+        figures.absolute(f"writing a file of {one['rows']:,} rows", one["seconds"], "s")
+    of_a_row = [one["megabytes"] / one["rows"] for one in found]
+    figures.ratio("bytes of a row, small file over large one", of_a_row[0] / of_a_row[1], gate=COUNTED)
     # Larger files carry more rows for the same batches.
     assert found[1]["megabytes"] / EXCHANGED[1][0] < found[0]["megabytes"] / EXCHANGED[0][0] / 4

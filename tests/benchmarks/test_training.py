@@ -2,9 +2,9 @@
 
     make bench
 
-Prints one JSON object each: the share of a step that waits for data; steps a second with kept states of
-demonstrations over without; with Ray Train and ZeRO-3 on one worker over a bare loop of torch; on two workers
-over one; and what a checkpoint took. All of it on nano, one thread a worker.
+Records the share of a step that waits for data; steps a second with kept states of demonstrations over
+without, with Ray Train and ZeRO-3 on one worker over a bare loop of torch, and on two workers over one; and
+what a checkpoint took. All of it on nano, one thread a worker.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pipelines.feed import Feed
 from pipelines.materials import Materials, prepare
 from pipelines.stages import read_manifest
 from pipelines.train import METRICS_FILE, train
+from tests.benchmarks.records import Figures
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -110,49 +111,57 @@ def _bare(batches: list[list[MicroBatch]], method: Any) -> list[float]:
 
 
 @pytest.mark.bench
-def test_steps_hardly_wait_for_their_data(on_two: Trained) -> None:
+def test_steps_hardly_wait_for_their_data(on_two: Trained, figures: Figures) -> None:
     lines, _ = on_two
     waited = sum(line["data_seconds"] for line in lines)
     share = waited / sum(line["data_seconds"] + line["compute_seconds"] for line in lines)
-    print(json.dumps({"share of a step that waits for data": round(share, 4)}))
+    figures.ratio("waiting for data, of a step", share, "share")
     assert share < 0.05
 
 
 @pytest.mark.bench
-def test_kept_states_of_demonstrations_make_steps_faster_by_a_ratio(root: Path, on_one: Trained) -> None:
+def test_kept_states_of_demonstrations_make_steps_faster_by_a_ratio(
+    root: Path, on_one: Trained, figures: Figures
+) -> None:
     run = _run(num_workers=1, steps=STEPS // 2)
     streamed = run.model_copy(update={"episodes": run.episodes.model_copy(update={"streamed": True})})
     # Streamed episodes are not known before, so nothing of their demonstrations is kept.
     unkept, _ = _trained(streamed, root, "unkept")
     ratio = _seconds(unkept) / _seconds(on_one[0])
-    print(json.dumps({"steps a second, kept states over states read in the step": round(ratio, 2)}))
+    figures.ratio("steps a second, kept states over states read in the step", ratio)
     assert ratio > 3
 
 
 @pytest.mark.bench
-def test_ray_and_zero_cost_little_beside_a_bare_loop(materials: Materials, on_one: Trained) -> None:
+def test_ray_and_zero_cost_little_beside_a_bare_loop(
+    materials: Materials, on_one: Trained, figures: Figures
+) -> None:
     run = _run()
     method = build_method(load_backbone(materials.backbone), run.method)
     feed = Feed(run, method, materials)
     bare = median(_bare([feed.micro_batches(step, 0, 1) for step in range(STEPS)], method)[WARM:])
     ratio = bare / _seconds(on_one[0])
-    print(json.dumps({"steps a second, Ray Train with ZeRO-3 over a bare loop": round(ratio, 3)}))
+    figures.absolute("a step on one worker", _seconds(on_one[0]), "s")
+    figures.ratio("steps a second, Ray Train with ZeRO-3 over a bare loop", ratio)
     assert ratio > 0.85
 
 
 @pytest.mark.bench
-def test_two_workers_are_faster_than_one_by_a_ratio(on_one: Trained, on_two: Trained) -> None:
+def test_two_workers_are_faster_than_one_by_a_ratio(
+    on_one: Trained, on_two: Trained, figures: Figures
+) -> None:
     ratio = _seconds(on_one[0]) / _seconds(on_two[0])
-    print(json.dumps({"steps a second, two workers over one": round(ratio, 2)}))
+    figures.ratio("steps a second, two workers over one", ratio)
     assert ratio > 1.5
 
 
 @pytest.mark.bench
-def test_checkpoint_of_two_workers_gathers_only_what_is_trained(
-    on_two: Trained,
-) -> None:
+def test_checkpoint_of_two_workers_gathers_only_what_is_trained(on_two: Trained, figures: Figures) -> None:
     _, manifest = on_two
     cost = manifest["checkpoint"]
-    print(json.dumps({"checkpoint": cost, "trained": manifest["trained_parameters"]}))
+    figures.absolute("checkpoint", cost["seconds"], "s")
+    figures.absolute("what it weighs", cost["bytes"], "bytes")
+    figures.absolute("what it gathered", cost["gathered"], "numbers")
+    figures.absolute("trained parameters", manifest["trained_parameters"], "numbers")
     assert cost["gathered"] == 3 * manifest["trained_parameters"]
     assert cost["bytes"] < 13 * manifest["trained_parameters"] + 4096
