@@ -31,7 +31,7 @@ import psutil
 from cluster.client import JobServer, SilentServerError
 from pipelines.environment import DEFAULTS
 
-__all__ = ["ROOT", "Cluster", "Host", "Switch", "namespaces_are_allowed", "wait_until"]
+__all__ = ["NETWORK", "ROOT", "Cluster", "Host", "Switch", "namespaces_are_allowed", "wait_until"]
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

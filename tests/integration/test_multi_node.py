@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.nodes import Cluster
+from tests.nodes import NETWORK, Cluster, namespaces_are_allowed
 from tests.submitted import Job, digests, drawing, parts_made
 
-pytestmark = [pytest.mark.trial, pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
 PARTS = 25
 
@@ -59,8 +59,10 @@ def test_laptop_without_the_token_is_sent_away_in_one_sentence(cluster, folder, 
     assert said in done.stderr
 
 
-@pytest.mark.parametrize("where", ["http://198.51.100.99:8265", "http://127.0.0.1:1"])
+@pytest.mark.parametrize("where", [f"http://{NETWORK}.99:8265", "http://127.0.0.1:1"])
 def test_address_that_nobody_answers_at_is_one_sentence(cluster, folder, where):
+    if NETWORK in where and not namespaces_are_allowed():
+        pytest.skip("whoever answers at other addresses of this machine's network is not ours to say")
     given = ["episodes", "--address", where, "--output", str(folder / "refused")]
     done = cluster.submit(*given)
     assert (done.returncode, done.stdout) == (2, "")
