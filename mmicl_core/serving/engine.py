@@ -213,9 +213,9 @@ class Engine:
         end, scores_BV = self._backbone.tokenizer.eos_token_id, batch.decoding.scores_BV
         broken = scores_BV.isnan().any(1).tolist()
         samplings = [row.sampling for row in batch.rows]
-        going_on = torch.tensor([sampling.ignore_eos for sampling in samplings], device=scores_BV.device)
         allowed_BV = scores_BV.nan_to_num()
-        allowed_BV[going_on, end] = float("-inf")
+        if end is not None:
+            allowed_BV[[place for place, one in enumerate(samplings) if one.ignore_eos], end] = float("-inf")
         tokens = choose(allowed_BV, samplings, [row.count for row in batch.rows])
         for place, (row, token) in enumerate(zip(batch.rows, tokens, strict=True)):
             if not row.goes_on:
