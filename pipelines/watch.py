@@ -26,7 +26,7 @@ __all__ = ["Beat", "Place", "Watch", "naming_the_worker", "start_watch", "watchi
 
 BEAT_SECONDS = 1.0
 LONGEST_SILENCE = 30.0
-"""In seconds; Ray, as it is set by itself, takes a machine that is cut off for lost no sooner."""
+"""In seconds, after which a worker that cannot reach the watch ends."""
 ENDED_BY_WATCH = 86
 LOST_PEER = ("gloo", "NCCL", "Connection closed", "Connection reset")
 

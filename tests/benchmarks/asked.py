@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import random
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from mmicl_core.config.run import RunConfig
 from mmicl_core.config.serve import ReplicasConfig, ServeConfig
 from pipelines.serve import app
 from tests.corpora import drawn_episodes, open_shards
+from tests.serving import free_port
 
 __all__ = [
     "served",
@@ -35,7 +35,6 @@ __all__ = [
     "Episode",
     "ask",
     "episodes",
-    "free_port",
     "interleaved",
     "percentiles",
     "side_by_side",
@@ -177,10 +176,3 @@ def served(folder: Path, **settings: Any) -> Iterator[str]:
             yield app.start(RunConfig(serve=config))
         finally:
             app.stop()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
