@@ -5,8 +5,8 @@
 A step first reads the oldest waiting questions that may be read together, up to a number of tokens, then
 gives every running answer one token. An answer that ends, is cancelled or runs out of time leaves its row at
 once. Which others are in the batch does not change an answer: rows see themselves alone, and each draws by
-its own seed. Only rounding differs, by which one draw of some million falls on the next token. What fails of
-one job fails that job alone, and what fails in a step of a batch is told to all in it.
+its own seed. Only rounding differs, by which a draw that falls where two tokens meet may be the other one.
+What fails of one job fails that job alone, and what fails in a step of a batch is told to all in it.
 
 The engine belongs to one thread; jobs are added and cancelled from any.
 """

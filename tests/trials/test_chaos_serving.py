@@ -42,8 +42,9 @@ RUNNING = "RUNNING"
 CLIENTS = 4
 # So that a kill meets work under way.
 LONG, SHOTS = 200, 12
-# Rounding depends on who is computed beside, and one draw of some million falls so near to where two tokens
-# meet that it is another one then. Few are drawn, with seeds that meet none.
+# Rounding depends on who is computed beside, and a draw may fall so near to where two tokens meet that it is
+# the other one then: seen once among tens of thousands, 6e-6 from there. Few are drawn, with seeds that meet
+# none.
 DRAWN, FIRST_SEED = 40, 1
 DEADLINE_SECONDS = 60.0
 RECOVERY_SECONDS = 60.0

@@ -21,6 +21,7 @@ from pipelines.serve.keys import add_key
 from pipelines.serve.premises import check_adapters
 from tests.fakes import tiny_backbone
 from tests.methods import METHOD_NAMES, make_method
+from tests.serving import free_port
 
 # LCL trains a whole model here, which is a backbone of its own.
 ADAPTERS = tuple(name for name in METHOD_NAMES if name != "lcl")
@@ -46,12 +47,6 @@ def run(models: Path, tmp_path: Path) -> RunConfig:
             bank_disk_bytes=1,
         ),
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def changed(run: RunConfig, **settings: object) -> RunConfig:
