@@ -1,5 +1,5 @@
-"""Replicas killed under steady load, and HAProxy before them: every request is answered in time, and rightly. Ten minutes of load
-leave nothing behind: no memory, no files, no threads, no shared memory.
+"""Replicas killed under steady load, and HAProxy before them: every request is answered in time, and rightly.
+Ten minutes of load leave nothing behind: no memory, no files, no threads, no shared memory.
 
 One kill of each kind is part of the tests; more of them, and the ten minutes, run with `make trials`.
 """

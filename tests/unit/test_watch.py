@@ -6,11 +6,11 @@ from threading import Event
 from unittest.mock import MagicMock
 
 import pytest
-from ray.exceptions import GetTimeoutError
+from ray import exceptions
 from torch import nn
 
 from mmicl_core.errors import DataError, TrainingError
-from pipelines.watch import Beat, Place, Watch, naming_the_worker, watching
+from pipelines.watch import LONGEST_SILENCE, Beat, Place, Watch, naming_the_worker, watching
 
 SECONDS = 10.0
 
@@ -71,7 +71,7 @@ def test_worker_that_says_nothing_any_more_stalls_too(watch: Watch, clock: _Cloc
 
 def test_worker_that_has_ended_may_be_silent(watch: Watch, clock: _Clock) -> None:
     watch.beat(_beat(0, 1))
-    watch.leave(0)
+    watch.leave(_beat(0, 2))
     clock.now += 2 * SECONDS
     assert watch.stall() is None
 
@@ -107,16 +107,48 @@ def test_worker_that_outlived_an_earlier_attempt_is_told_to_end(watch: Watch) ->
     assert watch.beat(replace(_beat(0, 1), attempt=2))
 
 
+def test_worker_begins_when_those_on_a_lost_node_have_ended_and_at_once_otherwise(clock: _Clock) -> None:
+    nodes = {"lost", "left"}
+    watch = Watch(SECONDS, clock, lambda: nodes)
+    watch.begin()
+    watch.beat(_beat(0, 1, "lost/0"))
+    watch.beat(_beat(1, 1, "left/1"))
+    clock.now += 1
+    # Ray ends what it can reach.
+    assert watch.wait() == 0
+    watch.begin()
+    nodes.remove("lost")
+    assert watch.wait() == LONGEST_SILENCE - 1
+    clock.now += 2
+    watch.beat(replace(_beat(1, 1, "left/2"), attempt=2))
+    assert watch.wait() == LONGEST_SILENCE - 3
+    # It could still reach the watch, which tells it to end.
+    assert not watch.beat(_beat(0, 2, "lost/0"))
+    assert watch.wait() == LONGEST_SILENCE
+    clock.now += LONGEST_SILENCE
+    assert watch.wait() == 0
+
+
+def test_worker_that_has_ended_is_not_waited_for(clock: _Clock) -> None:
+    watch = Watch(SECONDS, clock, set)
+    watch.begin()
+    watch.beat(_beat(0, 1, "lost/0"))
+    watch.leave(_beat(0, 2, "lost/0"))
+    assert watch.wait() == 0
+
+
 def test_worker_ends_when_the_watch_is_out_of_reach_for_so_long_that_another_may_be_in_its_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     begun, ended, beats = time.monotonic(), Event(), list[float]()
 
-    def lose(_: object, timeout: float) -> bool:
+    def lose(_: object, timeout: float | None = None) -> float:
+        if timeout is None:
+            return 0.0
         beats.append(time.monotonic() - begun)
-        raise GetTimeoutError
+        raise exceptions.GetTimeoutError
 
-    monkeypatch.setattr("pipelines.watch.ray.get", lose)
+    monkeypatch.setattr("pipelines.watch.ray", MagicMock(exceptions=exceptions, get=lose))
     monkeypatch.setattr("pipelines.watch.os._exit", lambda _: ended.set())
     monkeypatch.setattr("pipelines.watch.BEAT_SECONDS", 0.01)
     monkeypatch.setattr("pipelines.watch.LONGEST_SILENCE", 0.2)
