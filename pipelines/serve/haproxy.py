@@ -1,8 +1,8 @@
-"""HAProxy as Ray Serve starts it, but that ends with the process that started it, and whose errors clients know.
+"""HAProxy as Ray Serve starts it, but that ends with whoever started it, and whose errors clients know.
 
 Ray starts it from an actor. Where that is killed, HAProxy would keep the port, and a server that is started
-again would find it taken. Where no replica can be reached, or a server still starts, Ray's configuration answers
-in plain text with 500, or with 404, which no client asks again. Ray runs this program instead, as
+again would find it taken. Where no replica can be reached, or a server still starts, Ray's configuration
+answers in plain text with 500, or with 404, which no client asks again. Ray runs this program instead, as
 `RAY_SERVE_HAPROXY_BINARY_PATH` says.
 """
 
