@@ -14,11 +14,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.util.metrics import Counter, Gauge
 
-from mmicl_core.training.step import StepMetrics
+if TYPE_CHECKING:
+    # Every worker that makes parts of a stage tells figures, and would wait for PyTorch.
+    from mmicl_core.training.step import StepMetrics
 
 __all__ = ["FIGURES", "Figure", "TrainingGauges", "tell_part"]
 

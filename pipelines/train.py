@@ -299,7 +299,8 @@ def _trainer(job: Job, attempt: int) -> TorchTrainer:
         gpus = ray.cluster_resources().get("GPU", 0) >= config.worker_range[0]
     return TorchTrainer(
         train_worker,
-        train_loop_config={"job": job, "attempt": attempt},
+        # By reference: Ray's controller would else import all that a job is made of.
+        train_loop_config={"job": ray.put(job), "attempt": attempt},
         scaling_config=_scaling(config, gpus=gpus),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=ray.train.RunConfig(name="ray", storage_path=str(job.work)),

@@ -17,14 +17,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
-from torch import nn
 
 from mmicl_core.errors import MmiclError, TrainingError
 from pipelines.progress import beside_the_driver
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["Beat", "Place", "Watch", "naming_the_worker", "start_watch", "watching"]
 
@@ -167,6 +168,9 @@ def watching(
 ) -> Iterator[None]:
     """Tell the watch where this worker is for as long as the block runs, down to the module of `method`. The
     block is not entered while one on a node that was lost may still run."""
+    # Not for the watch itself, which needs no PyTorch.
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
     while (seconds := ray.get(watch.wait.remote())) > 0:
         log.info("waiting %.0f s for workers on a node that was lost to end", seconds)
         time.sleep(seconds)
@@ -179,7 +183,7 @@ def watching(
     def entered(module: nn.Module, _: Any) -> None:
         place.at(names.get(id(module)) or place.name)
 
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(entered)
+    hook = register_module_forward_pre_hook(entered)
     thread.start()
     try:
         yield

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
 from ray.train.torch import get_device
@@ -55,7 +56,7 @@ class Job:
 
 def train_worker(settings: Mapping[str, Any]) -> None:
     """Train as one of the workers that Ray Train started."""
-    job: Job = settings["job"]
+    job: Job = ray.get(settings["job"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     train = job.run.train

@@ -48,6 +48,9 @@ MAY_IMPORT = {
     # Programs are commands to it; what it shares is how a mistake is told.
     "cluster": {"mmicl_core.errors"},
 }
+# What processes start with that compute with no model: workers that read and draw, and what is beside them.
+LIGHT = ("pipelines.episodes", "pipelines.wanted", "pipelines.watch", "pipelines.submission", "pipelines.cli")
+HEAVY = {"torch", "transformers", "deepspeed", "matplotlib", "ray.train", "ray.data", "pandas", "scipy"}
 
 # Programs stand beside each other; only what arranges them imports one.
 PROGRAMS = ("pipelines.train", "pipelines.evaluate", "pipelines.serve", "pipelines.quickstart")
@@ -204,3 +207,12 @@ def test_functions_and_files_stay_short(module):
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.name)
 def test_test_files_stay_short(path):
     assert path.read_text(encoding="utf-8").count("\n") <= LONGEST_FILE
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_process_that_computes_with_no_model_imports_none_of_its_libraries(module: str) -> None:
+    looking = f"import sys, {module}; print(*sys.modules)"
+    said = subprocess.run(
+        [sys.executable, "-c", looking], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert not HEAVY & set(said.stdout.split())
