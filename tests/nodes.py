@@ -42,6 +42,7 @@ NETWORK = "198.51.100"
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 OBJECT_STORE_BYTES = 256 * 2**20
 START_SECONDS, COMMAND_SECONDS = 120, 280
+START_LOG, STARTED = "ray-start.log", "Ray runtime started."
 # Ray takes a node for lost within seconds, and not within half a minute.
 IMPATIENT = {
     "RAY_health_check_initial_delay_ms": "3000",
@@ -305,9 +306,11 @@ class Cluster:
     def add(self, name: str, cpus: int = 1, core: int | None = None) -> Host:
         """Bring another node in."""
         host = self.switch.host(name, core)
-        before = self.alive()
         self._ray_start(host, f"--address={self.head.address}:{self._gcs_port}", f"--num-cpus={cpus}")
-        wait_until(lambda: self.alive() > before, f"{name} is a node")
+        # Counting would not tell it from one that is lost meanwhile.
+        wait_until(
+            lambda: STARTED in (host.folder / START_LOG).read_text(encoding="utf-8"), f"{name} is a node"
+        )
         return host
 
     def alive(self) -> int:
@@ -372,7 +375,7 @@ class Cluster:
                 agents.append("ray-client-server")
             given += [f"--{agent}-port={_free_port()}" for agent in agents]
             given.append(f"--temp-dir={host.folder}")
-        log = (host.folder / "ray-start.log").open("w", encoding="utf-8")
+        log = (host.folder / START_LOG).open("w", encoding="utf-8")
         with log:
             host.start(
                 str(BIN / "ray"),

@@ -34,7 +34,7 @@ from tests.submitted import (
 pytestmark = [pytest.mark.trial, pytest.mark.alone, pytest.mark.timeout(900)]
 
 PARTS = 25
-FEW, STEPS, LONG = 6, 400, 1500
+FEW, STEPS, LONG = 6, 400, 1000
 # Sums of gradients in another order.
 LOSS = 1e-4
 ELASTIC = {"min": 1, "max": 2, "look_every_seconds": 1}
