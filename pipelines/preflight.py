@@ -54,22 +54,39 @@ def check_room(folder: Path, needed_bytes: int, what: str) -> None:
 
 
 def _check_nodes(root: Path, mark: Path) -> None:
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    nodes = _nodes()
     if len(nodes) < 2:
         return
     look = ray.remote(num_cpus=0)(_sees)
     answers = {
-        node["NodeManagerAddress"]: look.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(str(mark))
+        node: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            str(mark)
+        )
         for node in nodes
     }
-    blind = [address for address, answer in answers.items() if not ray.get(answer, timeout=WAIT_SECONDS)]
+    seen = {node: _answer(answer) for node, answer in answers.items()}
+    # Those that were lost meanwhile take no part.
+    left = _nodes()
+    blind = [f"{address} {seen[node]}" for node, address in nodes.items() if seen[node] and node in left]
     if blind:
         raise ConfigError(
-            f"--output {root} is not the same folder on all {len(nodes)} nodes ({', '.join(blind)} sees "
-            f"nothing of what was written here): name one that all of them share, {SHARED}"
+            f"--output {root} is not the same folder on all {len(nodes)} nodes ({', '.join(blind)}): name "
+            f"one that all of them share, {SHARED}"
         )
+
+
+def _nodes() -> dict[str, str]:
+    """Addresses of the nodes that compute, by their ids."""
+    alive = (node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1)
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in alive}
+
+
+def _answer(answer: ray.ObjectRef[bool]) -> str | None:
+    """What is wrong with a node, or None."""
+    try:
+        return None if ray.get(answer, timeout=WAIT_SECONDS) else "sees nothing of what was written here"
+    except ray.exceptions.RayError as error:
+        return f"does not answer: {type(error).__name__}"
 
 
 def _sees(mark: str) -> bool:

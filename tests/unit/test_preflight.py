@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from ray.exceptions import TaskUnschedulableError
 
 from mmicl_core.errors import ConfigError
 from pipelines.preflight import check_output, check_room
@@ -28,13 +29,13 @@ def test_disk_without_room_is_refused_with_both_numbers(
 class _Answers:
     """Ray's nodes and the task that looks on each of them."""
 
-    def __init__(self, sees: dict[str, bool]) -> None:
-        self.sees, self.node = sees, ""
+    def __init__(self, sees: dict[str, bool | None], lost: str | None) -> None:
+        self.sees, self.node, self.lost, self.asked = sees, "", lost, False
 
     def nodes(self) -> list[dict[str, object]]:
         return [
             {
-                "Alive": True,
+                "Alive": not (self.asked and name == self.lost),
                 "Resources": {"CPU": 4},
                 "NodeID": name.encode().hex().ljust(56, "0"),
                 "NodeManagerAddress": name,
@@ -46,9 +47,15 @@ class _Answers:
         self.node = bytes.fromhex(getattr(scheduling_strategy, "node_id", "")).decode().rstrip("\0")
         return self
 
-    def remote(self, mark: str) -> bool:
+    def remote(self, mark: str) -> bool | None:
         assert Path(mark).exists()
+        self.asked = True
         return self.sees[self.node]
+
+    def get(self, answer: bool | None, timeout: float) -> bool:
+        if answer is None:
+            raise TaskUnschedulableError("the node does not exist any more")
+        return answer
 
 
 @pytest.mark.parametrize("sees", [{"10.0.0.1": True}, {"10.0.0.1": True, "10.0.0.2": True}])
@@ -69,8 +76,21 @@ def test_folder_that_some_node_does_not_see_is_refused_by_its_address(
     assert not list((tmp_path / "run").iterdir())
 
 
-def _on(sees: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = _Answers(sees)
+def test_node_that_is_lost_while_it_is_asked_takes_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _on({"10.0.0.1": True, "10.0.0.2": None}, monkeypatch, lost="10.0.0.2")
+    check_output(tmp_path / "run", 0)
+
+
+def test_node_that_cannot_be_asked_is_told_with_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _on({"10.0.0.1": True, "10.0.0.2": None}, monkeypatch)
+    with pytest.raises(ConfigError, match=r"10\.0\.0\.2 does not answer: TaskUnschedulableError"):
+        check_output(tmp_path / "run", 0)
+
+
+def _on(sees: dict[str, bool | None], monkeypatch: pytest.MonkeyPatch, lost: str | None = None) -> None:
+    answers = _Answers(sees, lost)
     monkeypatch.setattr("ray.nodes", answers.nodes)
     monkeypatch.setattr("ray.remote", lambda **_: lambda _: answers)
-    monkeypatch.setattr("ray.get", lambda answer, timeout: answer)
+    monkeypatch.setattr("ray.get", answers.get)
