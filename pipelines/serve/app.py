@@ -116,6 +116,7 @@ def build(run: RunConfig) -> Application:
         Ingress,
         INGRESS,
         num_replicas=config.ingress_replicas,
+        max_replicas_per_node=config.ingress_per_node,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=waiting + MORE_REQUESTS_AT_THE_INGRESS,
     )

@@ -73,6 +73,7 @@ def nodes(cluster: Cluster, key: str, tmp_path: Path) -> list[Host]:
         "serve.port": str(PORT),
         "serve.model_name": BASE,
         "serve.ingress_replicas": "2",
+        "serve.ingress_per_node": "1",
         "serve.request_seconds": str(DEADLINE_SECONDS),
     } | {f"serve.{kind}": json.dumps(EACH | {"cpus": cpus}) for kind, cpus in CPUS.items()}
     mmicl("serve", "build", "--out", str(file), *itertools.chain(*((f"--{n}", v) for n, v in flags.items())))

@@ -72,6 +72,12 @@ def test_settings_become_those_of_ray_serve(run, gpus):
     assert all(one._deployment_config.graceful_shutdown_timeout_s == 120 for one in found.values())
 
 
+def test_ingress_replicas_are_kept_apart_where_that_is_asked_for(run, gpus):
+    assert deployments(run)[app.INGRESS]._replica_config.max_replicas_per_node is None
+    apart = changed(run, ingress_replicas=2, ingress_per_node=1)
+    assert deployments(apart)[app.INGRESS]._replica_config.max_replicas_per_node == 1
+
+
 @pytest.mark.parametrize(("there", "each"), [(0, 0), (2, 0.25), (3, 0.375), (64, 1)])
 def test_gpus_are_shared_out_among_all_replicas_that_there_may_be(run, gpus, there, each):
     gpus["GPU"] = there
