@@ -96,8 +96,8 @@ class ServeConfig(Config):
     Limits of keys and metrics are those of each."""
 
     ingress_per_node: int | None = Field(default=None, ge=1)
-    """The most of them on one node; None leaves it to Ray, which may put all on the same. With 1, no node takes
-    more than one of them along when it is lost, and a cluster needs as many nodes."""
+    """The most of them on one node; None leaves it to Ray, which may put all on the same. With 1, a node that
+    is lost takes one of them along, and a cluster needs as many nodes."""
 
     compressor: ReplicasConfig = ReplicasConfig()
     """Replicas that turn demonstrations into fused tokens."""
