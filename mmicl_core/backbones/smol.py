@@ -1,7 +1,7 @@
 """`smol`: a stock FastVLM of 138 M parameters, put together out of two published models.
 
-MobileNetV2 (ImageNet) + two-layer projector + SmolLM2-135M-Instruct. Both have learnt what they do, but not
-from each other: the projector between them is new, and to be trained before the model can see.
+MobileNetV2 (ImageNet) + two-layer projector + SmolLM2-135M-Instruct. Both know their trade and not each other:
+the projector between them is new, and has to be trained before the model can see.
 
     picture 224 px --MobileNetV2--> 7 x 7 states of 1280 --projector--> 49 visual tokens of 576
 
@@ -66,10 +66,10 @@ def build_smol(language_model: Path, tower: MobileNetV2Model, seed: int) -> Hugg
         tower: MobileNetV2.
         seed: draws the projector.
     """
-    stored = {"pretrained_model_name_or_path": language_model.parent, "gguf_file": language_model.name}
-    language: Any = AutoModelForCausalLM.from_pretrained(**stored, dtype=torch.float32)
-    longest = language.config.max_position_embeddings
-    tokenizer = _with_pictures(AutoTokenizer.from_pretrained(**stored), longest)
+    folder, file = language_model.parent, language_model.name
+    language: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    published = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    tokenizer = _with_pictures(published, language.config.max_position_embeddings)
     config = _config(language.config, tower.config, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -102,7 +102,7 @@ def _with_pictures(published: Any, longest: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _config(language: Any, tower: Any, tokenizer: PreTrainedTokenizerFast) -> FastVlmConfig:
+def _config(language: Any, tower: Any, tokenizer: Any) -> FastVlmConfig:
     text = language.to_diff_dict() | {"vocab_size": len(tokenizer)}
     vision = tower.to_diff_dict() | {"hidden_size": STATE_WIDTH, "image_size": IMAGE_PIXELS}
     for told in (text, vision):

@@ -41,7 +41,8 @@ def load_mobilenet(checkpoint: Path) -> MobileNetV2ForImageClassification:
             f"{checkpoint} is not MobileNetV2: its tensors have other shapes or another order"
         )
     model.load_state_dict(dict(zip(target, source.values(), strict=True)))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def save_mobilenet(checkpoint: Path, folder: Path) -> None:
