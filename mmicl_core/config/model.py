@@ -175,8 +175,8 @@ class LclConfig(Config):
     def _updates_what_is_trained(self) -> Self:
         if self.lora_rank and not self.train_language_model:
             raise ValueError(
-                f"lora_rank ({self.lora_rank}) updates the language model, which train_language_model (false) "
-                "leaves as it is: set one of them"
+                f"lora_rank ({self.lora_rank}) updates the language model, which train_language_model "
+                "(false) leaves as it is: set one of them"
             )
         return self
 

@@ -141,7 +141,7 @@ def test_projector_alone_is_trained_where_the_language_model_is_not_and_a_whole_
 
 
 def test_updates_of_a_language_model_that_is_not_trained_are_refused() -> None:
-    with pytest.raises(ValidationError, match=r"lora_rank \(4\) .* train_language_model \(false\) leaves"):
+    with pytest.raises(ValidationError, match=r"lora_rank \(4\) .* which train_language_model"):
         LclConfig(lora_rank=4, train_language_model=False)
 
 
