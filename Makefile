@@ -64,6 +64,6 @@ clean:
 # bring along are templates, which do not compile.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[captions,corpus,nlp,tensorboard,wandb,mlflow,test,check]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[backbone,captions,corpus,nlp,tensorboard,wandb,mlflow,test,check]'
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > $(VENV)/compiled.txt 2>&1 || true
 	touch $(STAMP)

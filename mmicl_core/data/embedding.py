@@ -13,7 +13,7 @@ from transformers import AutoModel, MobileNetV2Config, MobileNetV2ForImageClassi
 
 from mmicl_core.errors import BackboneError, CheckpointError
 
-__all__ = ["ImageTeacher", "save_mobilenet"]
+__all__ = ["ImageTeacher", "load_mobilenet", "save_mobilenet"]
 
 MOBILENET: dict[str, Any] = {
     "tf_padding": False,
@@ -27,8 +27,8 @@ IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 IMAGENET_SPREAD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 
 
-def save_mobilenet(checkpoint: Path, folder: Path) -> None:
-    """Write a torchvision MobileNetV2 checkpoint (`mobilenet_v2-*.pth`) as a Hugging Face model folder.
+def load_mobilenet(checkpoint: Path) -> MobileNetV2ForImageClassification:
+    """A torchvision MobileNetV2 checkpoint (`mobilenet_v2-*.pth`) as the Hugging Face model.
 
     Raises:
         CheckpointError: its tensors do not map, in order, to those of the Hugging Face model.
@@ -41,7 +41,14 @@ def save_mobilenet(checkpoint: Path, folder: Path) -> None:
             f"{checkpoint} is not MobileNetV2: its tensors have other shapes or another order"
         )
     model.load_state_dict(dict(zip(target, source.values(), strict=True)))
-    model.mobilenet_v2.save_pretrained(folder)
+    model.eval()
+    return model
+
+
+def save_mobilenet(checkpoint: Path, folder: Path) -> None:
+    """Write the tower of a torchvision MobileNetV2 checkpoint as a Hugging Face model folder. Raises as
+    above."""
+    load_mobilenet(checkpoint).mobilenet_v2.save_pretrained(folder)
 
 
 class ImageTeacher:

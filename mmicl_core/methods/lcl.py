@@ -4,7 +4,8 @@ Episodes give two look-alike concepts made-up names, and the language model and 
 use the right one for the query; the vision tower is frozen unless asked for. The paper trains all weights on
 the query's answer alone (`answers_scored: last`); `dense` also scores every demonstration whose name has
 been given before, the same task with fewer shots at no further cost, and `lora_rank` trains low-rank updates
-of the language model's matrices instead (Hu et al., 2021, arXiv:2106.09685).
+of the language model's matrices instead (Hu et al., 2021, arXiv:2106.09685). Between parts that have not met,
+the projector is trained alone first (`train_language_model: false`).
 
     loss = -log p(answer | demonstrations, query), demonstrations written out in full
 
@@ -40,7 +41,8 @@ class Lcl(Method):
         super().__init__(backbone)
         self.config = config
         self._cut_turns = 0
-        roles = ["projector"] if config.lora_rank else ["projector", "language_model", "head"]
+        whole = config.train_language_model and not config.lora_rank
+        roles = ["projector", *(["language_model", "head"] if whole else [])]
         for role in [*roles, "vision_tower"] if config.train_vision_tower else roles:
             backbone.unfreeze(role)
         if config.lora_rank:

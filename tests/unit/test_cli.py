@@ -67,6 +67,7 @@ def test_help_names_every_verb_without_importing_a_program():
     for verb in (
         "quickstart",
         "corpus",
+        "backbone",
         "episodes",
         "train",
         "evaluate",
@@ -108,6 +109,14 @@ def test_mistake_ends_the_process_with_one_sentence_and_code_2(tmp_path):
         (
             ["corpus", "teacher", "--checkpoint", "no.pth", "--output", "x"],
             "--checkpoint no.pth does not exist",
+        ),
+        (["backbone"], "required: ACTION"),
+        (["backbone", "build", "smal", "--output", "x"], "invalid choice: 'smal'"),
+        (["backbone", "build", "smol"], "required: --output"),
+        (["backbone", "build", "smol", "--output", "/dev/null/x"], "--output /dev/null cannot be a folder"),
+        (
+            ["backbone", "build", "smol", "--output", "/dev/null"],
+            "--output /dev/null exists and is no backbone",
         ),
         (["submit", "train"], "required: --address"),
         (["submit", "config", "--address", "x"], "invalid choice: 'config'"),

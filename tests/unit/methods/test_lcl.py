@@ -4,8 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -117,6 +119,30 @@ def test_language_model_projector_and_head_are_trained_and_the_tower_never() -> 
     trained = {id(parameter) for parameter in method.trainable().values()}
     tower = {id(parameter) for parameter in backbone.vision_tower.parameters()}
     assert trained == {id(parameter) for parameter in backbone.parameters()} - tower
+
+
+def test_projector_alone_is_trained_where_the_language_model_is_not_and_a_whole_model_is_saved(
+    tmp_path: Path,
+) -> None:
+    method = Lcl(tiny_backbone(), LclConfig(train_language_model=False))
+    backbone, before = method.backbone, tiny_backbone().model.state_dict()
+    prepared, _ = _seen(backbone)
+    engine = PlainEngine(method, learning_rate=1e-2)
+    engine.backward(method(method.collate([LONG], prepared, None)).mean())
+    engine.step(1.0)
+    trained = {id(parameter) for parameter in method.trainable().values()}
+    assert trained == {id(parameter) for parameter in backbone.projector.parameters()}
+    after = backbone.model.state_dict()
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if "multi_modal_projector" in name}
+    method.save(tmp_path, {})
+    found = load_backbone(tmp_path).projector.linear_1.weight
+    torch.testing.assert_close(found, backbone.projector.linear_1.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_updates_of_a_language_model_that_is_not_trained_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"lora_rank \(4\) .* which train_language_model"):
+        LclConfig(lora_rank=4, train_language_model=False)
 
 
 def test_model_learns_two_conversations_by_heart() -> None:
