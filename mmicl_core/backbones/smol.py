@@ -1,7 +1,7 @@
 """`smol`: a stock FastVLM of 138 M parameters, put together out of two published models.
 
-MobileNetV2 (ImageNet) + two-layer projector + SmolLM2-135M-Instruct. Both know their trade and not each other:
-the projector between them is new, and has to be trained before the model can see.
+MobileNetV2 (ImageNet) + two-layer projector + SmolLM2-135M-Instruct. Both know their trade and not each
+other: the projector between them is new, and has to be trained before the model can see.
 
     picture 224 px --MobileNetV2--> 7 x 7 states of 1280 --projector--> 49 visual tokens of 576
 
