@@ -47,7 +47,8 @@ def trainings_of(model: AskedModel) -> tuple[RunConfig, ...]:
         return tuple(_training(model, recipe, own) for own in _own(model))
     except ConfigError as error:
         told = (f"evaluate.models: {model.name!r}: {sentence}" for sentence in str(error).splitlines())
-        raise ConfigError("\n".join(told)) from error
+        # The first mistake of a chain of errors is what people are told.
+        raise ConfigError("\n".join(told)) from None
 
 
 def _own(model: AskedModel) -> list[dict[str, Any]]:

@@ -97,6 +97,10 @@ def test_mistake_ends_the_process_with_one_sentence_and_code_2(tmp_path):
         (["train", "--recipe", "nowhere"], "recipe nowhere does not exist"),
         (["train", "--output", "/dev/null/x"], "--output /dev/null/x cannot be a folder"),
         (["evaluate", "--evaluate.queries", "0"], "evaluate.queries: "),
+        (
+            ["chain", "--evaluate.models", '[{"name": "a", "recipe": "nowhere"}]'],
+            "evaluate.models: 'a': recipe nowhere does not exist",
+        ),
         (["quickstart", "--outptu", "x"], "unrecognized arguments: --outptu"),
         (["quickstart", "--recipe", "nowhere"], "recipe nowhere does not exist"),
         (["config"], "required: ACTION"),
