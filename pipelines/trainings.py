@@ -47,7 +47,7 @@ def trainings_of(model: AskedModel) -> tuple[RunConfig, ...]:
         return tuple(_training(model, recipe, own) for own in _own(model))
     except ConfigError as error:
         told = (f"evaluate.models: {model.name!r}: {sentence}" for sentence in str(error).splitlines())
-        # The first mistake of a chain of errors is what people are told.
+        # Of errors that wrap each other, people are told the innermost.
         raise ConfigError("\n".join(told)) from None
 
 

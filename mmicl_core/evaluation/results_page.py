@@ -103,7 +103,7 @@ def _scores(task: Told, results: Told) -> Iterator[str]:
         rows.append([_escaped(curve["model"]), *(values.get(count, DASH) for count in shots), *costs])
     yield from _table(("model", *map(shots_of, shots), *COSTS), rows)
     yield ""
-    yield f"Prompt tokens and milliseconds to the first token: with {shots_of(shots[-1])}."
+    yield f"Prompt tokens and time to the first token: with {shots_of(shots[-1])}, read anew by each question."
 
 
 def _score(point: Told, task: Told) -> str:
@@ -161,11 +161,10 @@ def _findings(task: Told) -> Iterator[str]:
         return
     least = SIGNIFICANT / (len(at_most) + len(best))
     for one in at_most:
-        told = f"{_finding(one, task, least)} with {shots_of(most)}: {_evidence(one, task)}"
+        told = f"{_finding(one, least)} with {shots_of(most)}: {_evidence(one, task)}"
         if other := best.get(one["second"]):
-            shots = f"{other['first_shots']} and {other['shots']}"
-            told += f". Each at its best number of shots, {shots}, it {_verb(other, least)} it: "
-            told += _evidence(other, task)
+            shots = f"{other['shots']} and {other['first_shots']}"
+            told += f". Each at its best number of shots, {shots}: {_evidence(other, task)}"
         yield f"- {told}."
     yield ""
     yield COUNTS.format(least=least)
@@ -177,15 +176,10 @@ def _elsewhere(found: Told, shots: int) -> bool:
     return (found["first_shots"], found["shots"]) != (shots, shots)
 
 
-def _finding(found: Told, task: Told, least: float) -> str:
+def _finding(found: Told, least: float) -> str:
     first, second = (_escaped(found[name]) for name in ("first", "second"))
-    return f"**{second}** {_verb(found, least)} {first}"
-
-
-def _verb(found: Told, least: float) -> str:
-    if found["p_value"] >= least:
-        return "cannot be told from"
-    return "beats" if found["difference"] > 0 else "loses to"
+    verb = "beats" if found["difference"] > 0 else "loses to"
+    return f"**{second}** {verb if found['p_value'] < least else 'cannot be told from'} {first}"
 
 
 def _evidence(found: Told, task: Told) -> str:

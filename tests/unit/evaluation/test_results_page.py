@@ -170,7 +170,7 @@ def test_best_of_each_is_told_where_it_is_at_other_shots(results: dict[str, Any]
     best = comparison("AIM", 0.05, 0.02, best_of_each=True, shots=2)
     results["tasks"][0]["comparisons"][3] = best
     page = render_results(results).markdown
-    assert "Each at its best number of shots, 8 and 2, it beats it: +5.0 [+3.0, +8.0], p 0.020.\n" in page
+    assert "Each at its best number of shots, 2 and 8: +5.0 [+3.0, +8.0], p 0.020.\n" in page
     assert "p below 0.025 counts" in page and "chosen by these same answers" in page
 
 
