@@ -1,6 +1,6 @@
 """Evaluation of models that are trained for it: what was not trained yet is, and then all are asked.
 
-    recipes, seeds --train--> adapters, whole models --evaluate--> results, card
+    recipes, seeds --train--> adapters, whole models --evaluate--> results, card, page
 
 A training is a stage in the folder of the evaluation, as `mmicl train` makes it there: none is made twice,
 and one that was stopped goes on.
@@ -30,12 +30,9 @@ def compare(run: RunConfig, root: Path) -> dict[str, Any]:
         TrainingError: a training cannot go on.
         DataError, BackboneError: as `evaluate`.
     """
-    trainings = {model.name: trainings_of(model) for model in run.evaluate.asked}
-    total, number = sum(map(len, trainings.values())), 0
+    trainings = [(model.name, one) for model in run.evaluate.asked for one in trainings_of(model)]
     trained: dict[str, list[Trained]] = {}
-    for name, runs in trainings.items():
-        for one in runs:
-            number += 1
-            log.info("Training %d of %d: %s, seed %d", number, total, name, one.train.seed)
-            trained.setdefault(name, []).append(Trained(one, train(one, root).folder / RESULT))
+    for number, (name, one) in enumerate(trainings, 1):
+        log.info("Training %d of %d: %s, seed %d", number, len(trainings), name, one.train.seed)
+        trained.setdefault(name, []).append(Trained(one, train(one, root).folder / RESULT))
     return evaluate(run, root, trained)

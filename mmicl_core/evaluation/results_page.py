@@ -16,7 +16,6 @@ from typing import Any
 from mmicl_core.evaluation.card import mark_of, series_of
 from mmicl_core.evaluation.card_tables import (
     DASH,
-    MET,
     Told,
     curves_of,
     difference_told,
@@ -34,13 +33,14 @@ PLOTS = "plots"
 """Folder of the plots, beside the page."""
 SIGNIFICANT = 0.05
 MEBIBYTE = 2**20
+SIGNS = {True: "\u2713", False: "\u2717", None: "?"}
 COMMIT = re.compile(r"([0-9a-f]{10})[0-9a-f]+(-dirty)?")
 
 INTRODUCTION = """Scores stand with their 95 % intervals over questions. Of a model that was trained from
 several seeds they are means over all of them, \u00b1 the standard deviation between seeds. All models are
 asked the same questions behind the same demonstrations."""
 COSTS = ("trained parameters", "prompt tokens", "first token", "training", "recipe", "commit")
-COUNTS = "p below {least:.2g} counts, which is 5 % over all of these comparisons (Bonferroni)."
+COUNTS = "A p below {least:.2g} counts: 5 % over all of these comparisons (Bonferroni)."
 BEST = "The best number of shots is chosen by these same answers."
 CONTROLS = """With {shots}; in brackets the difference from the prompts as they are. The head says what a
 control does to a model that learns from its demonstrations: \u2713 it does, \u2717 it does not, ? these
@@ -103,16 +103,14 @@ def _scores(task: Told, results: Told) -> Iterator[str]:
         rows.append([_escaped(curve["model"]), *(values.get(count, DASH) for count in shots), *costs])
     yield from _table(("model", *map(shots_of, shots), *COSTS), rows)
     yield ""
-    yield f"Prompt tokens and time to the first token: with {shots_of(shots[-1])}, read anew by each question."
+    yield f"Prompt tokens and time to the first token: with {shots_of(shots[-1])}, read anew each time."
 
 
 def _score(point: Told, task: Told) -> str:
-    spread = "" if point["deviation"] is None else f" \u00b1 {measure_of(task).tell(_scaled(point, task))}"
-    return interval_told(point, task) + spread
-
-
-def _scaled(point: Told, task: Told) -> float:
-    return float(point["deviation"] * task["scale"])
+    told = interval_told(point, task)
+    if point["deviation"] is None:
+        return told
+    return f"{told} \u00b1 {measure_of(task).tell(point['deviation'] * task['scale'])}"
 
 
 def _costs(model: Told, curve: Told, task: Told, results: Told) -> list[str]:
@@ -191,7 +189,7 @@ def _controls(task: Told) -> Iterator[str]:
     labels = {one["control"]: one["label"] for one in controls}
     found = {
         (one["model"], one["control"]): f"{measure_of(task).tell(one['value'] * task['scale'])} "
-        f"({difference_told(one, task, 'difference_')}) {MET[one['met']][1][0]}"
+        f"({difference_told(one, task, 'difference_')}) {SIGNS[one['met']]}"
         for one in controls
     }
     rows = [

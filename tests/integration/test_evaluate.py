@@ -75,7 +75,7 @@ def undisturbed(
     assert code == 0, err
     assert max(Counter(server.asked).values()) == 1
     assert (root / "answers.sqlite").exists()
-    for name in ("card.html", "card.json", "results.json"):
+    for name in ("card.html", "card.json", "results.json", "results.md"):
         assert list(root.glob(f"evaluate-*/{name}")), name
     return _results(out)
 

@@ -163,7 +163,7 @@ def test_each_model_is_compared_with_the_first_in_a_sentence(
     page = render_results(results).markdown
     assert f"- {told}\n" in page
     assert page.count("\n- ") == 1
-    assert "p below 0.05 counts" in page and "best" not in page
+    assert "A p below 0.05 counts" in page and "best" not in page
 
 
 def test_best_of_each_is_told_where_it_is_at_other_shots(results: dict[str, Any]) -> None:
@@ -171,7 +171,7 @@ def test_best_of_each_is_told_where_it_is_at_other_shots(results: dict[str, Any]
     results["tasks"][0]["comparisons"][3] = best
     page = render_results(results).markdown
     assert "Each at its best number of shots, 2 and 8: +5.0 [+3.0, +8.0], p 0.020.\n" in page
-    assert "p below 0.025 counts" in page and "chosen by these same answers" in page
+    assert "A p below 0.025 counts" in page and "chosen by these same answers" in page
 
 
 def test_more_comparisons_ask_more_of_each(results: dict[str, Any]) -> None:
@@ -179,7 +179,7 @@ def test_more_comparisons_ask_more_of_each(results: dict[str, Any]) -> None:
     found = results["tasks"][0]["comparisons"]
     found += [comparison("LoRA", 0.05, 0.04)]
     page = render_results(results).markdown
-    assert "**LoRA** cannot be told from full" in page and "p below 0.025 counts" in page
+    assert "**LoRA** cannot be told from full" in page and "A p below 0.025 counts" in page
 
 
 def test_controls_stand_side_by_side_with_whether_they_do_as_they_should(results: dict[str, Any]) -> None:
