@@ -1,45 +1,37 @@
-"""What an evaluation found, as a card: beside the results, and beside every adapter that was asked."""
+"""What an evaluation found, as a card, beside the results and every adapter that was asked, and as a page."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
-
-import torch
 
 from mmicl_core.data.files import write_atomic
 from mmicl_core.evaluation.answering import Cost
 from mmicl_core.evaluation.card import render_card
 from mmicl_core.evaluation.cells import Cell
 from mmicl_core.evaluation.controls import Shown
+from mmicl_core.evaluation.results_page import PLOTS, render_results
 from mmicl_core.evaluation.summary import judge
-from pipelines.environment import code_revision
 
-__all__ = ["CARD_FILES", "compression_row", "examples", "write_card"]
+__all__ = ["CARD_FILES", "compression_row", "examples", "write_card", "write_page"]
 
 log = logging.getLogger("mmicl")
 
 CARD_FILES = ("card.json", "card.html")
+PAGE = "results.md"
 EXAMPLES_OF_A_KIND = 2
-LIBRARIES = ("mmicl", "ray", "torch", "transformers")
 
 
-def write_card(folder: Path, results: Mapping[str, Any], pictures: Mapping[str, bytes], data: str) -> None:
+def write_card(folder: Path, results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
     """Write `card.json` and `card.html`.
 
     Args:
         results: what the evaluation found, its `tasks` with their `examples`.
         pictures: encoded, those that examples show.
-        data: fingerprint of everything that was asked.
     """
     about = results["models"][-1]["name"]
     verdict = judge(results["tasks"][0], about)
@@ -48,11 +40,19 @@ def write_card(folder: Path, results: Mapping[str, Any], pictures: Mapping[str, 
         "verdict": verdict,
         "tasks": results["tasks"],
         "compression": results["compression"],
-        "facts": _facts(data),
+        "facts": results["facts"],
     }
     log.info("%s", verdict["why"])
     write_atomic(folder / "card.json", json.dumps(card, indent=1) + "\n")
     write_atomic(folder / "card.html", render_card(card, pictures))
+
+
+def write_page(folder: Path, results: Mapping[str, Any]) -> None:
+    """Write `results.md` and its plots."""
+    page = render_results(results)
+    for name, plot in page.plots.items():
+        write_atomic(folder / PLOTS / name, plot + "\n")
+    write_atomic(folder / PAGE, page.markdown)
 
 
 def examples(cell: Cell, model: str, said: Sequence[str], right: Sequence[bool]) -> Iterator[dict[str, Any]]:
@@ -92,15 +92,4 @@ def compression_row(task: str, model: str, point: Mapping[str, Any], costs: Sequ
         "kv_bytes": mean("kv_bytes"),
         "ttft_ms": median(cost.ttft_ms for cost in costs),
         "tokens_per_second": mean("tokens_per_second"),
-    }
-
-
-def _facts(data: str) -> dict[str, str]:
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "data fingerprint": data,
-        "versions": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
-        "code": code_revision() or "no checkout",
-        "hardware": ", ".join(gpus) or f"{os.cpu_count()} CPU cores, {platform.machine()}",
     }

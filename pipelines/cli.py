@@ -237,9 +237,9 @@ def _train(arguments: list[str]) -> int:
 
 def _evaluate(arguments: list[str]) -> int:
     with _running(_parse_run("evaluate", arguments), spread=True) as (run, output):
-        from pipelines.evaluate import evaluate
+        from pipelines.compare import compare
 
-        return _print(evaluate(run, output))
+        return _print(compare(run, output))
 
 
 def _serve(arguments: list[str]) -> int:

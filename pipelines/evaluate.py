@@ -1,6 +1,6 @@
 """Evaluation: the same questions and demonstrations to every model, answers kept, scores and a card.
 
-    tasks --lay out--> cells --content--> requests --answers--> predictions --summary--> results, card
+    tasks --lay out--> cells --content--> requests --answers--> predictions --summary--> results, card, page
 
 Whatever was answered before, by this run or another one in the same folder, is not asked again.
 """
@@ -17,6 +17,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -26,6 +27,7 @@ from mmicl_core.assets import resolve
 from mmicl_core.backbones.hugging_face import backbone_identity
 from mmicl_core.config.evaluate import AskedModel, EvaluateConfig
 from mmicl_core.config.evaluation_tasks import TaskSettings
+from mmicl_core.config.model import BackboneConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.data.files import write_atomic
 from mmicl_core.errors import ConfigError
@@ -36,16 +38,19 @@ from mmicl_core.evaluation.demonstrations import Alike
 from mmicl_core.evaluation.summary import Scored, summarise
 from mmicl_core.evaluation.tasks.base import Questions
 from mmicl_core.methods import read_settings
+from mmicl_core.methods.adapter import CONFIG_FILE as ADAPTER_FILE
 from mmicl_core.methods.adapter import adapter_identity
 from pipelines.answers import AnswerStore, Asked, ask, measure
-from pipelines.cards import CARD_FILES, compression_row, examples, write_card
+from pipelines.cards import CARD_FILES, compression_row, examples, write_card, write_page
 from pipelines.environment import endpoint_key
 from pipelines.episodes import describe
 from pipelines.materials import NEW_NANO, open_backbone
+from pipelines.origins import facts_of_run, training_of
 from pipelines.progress import counting
 from pipelines.questions import open_task
 from pipelines.similar import picture_digests, rank_by_similarity
 from pipelines.stages import Stage
+from pipelines.trainings import Trained
 
 __all__ = ["PREDICTIONS_FILE", "RESULTS_FILE", "evaluate"]
 
@@ -79,10 +84,16 @@ class _Cells:
         ]
 
 
-def evaluate(run: RunConfig, root: Path) -> dict[str, Any]:
+def evaluate(
+    run: RunConfig, root: Path, trained: Mapping[str, Sequence[Trained]] = MappingProxyType({})
+) -> dict[str, Any]:
     """Ask all models all tasks; gives what `results.json` holds, with its `folder`.
 
-    `tasks` has a summary of each (`mmicl_core.evaluation.summary`), `models` who was asked.
+    `tasks` has a summary of each (`mmicl_core.evaluation.summary`), `models` who was asked and how that was
+    trained, `facts` what it takes to do it again.
+
+    Args:
+        trained: of each model that a recipe trains, what that left, by seed.
 
     Raises:
         ConfigError: models and tasks do not fit.
@@ -90,7 +101,9 @@ def evaluate(run: RunConfig, root: Path) -> dict[str, Any]:
         BackboneError: a model cannot be loaded, or a server does not answer.
     """
     config = run.evaluate
-    models = {model.name: tuple(_asked(model, run, root)) for model in config.asked}
+    models = {
+        model.name: tuple(_asked(model, run, root, trained.get(model.name, ()))) for model in config.asked
+    }
     tasks = [_cells(settings, run, root) for settings in config.tasks]
     stage = Stage(
         root,
@@ -110,11 +123,15 @@ def evaluate(run: RunConfig, root: Path) -> dict[str, Any]:
         pq.write_table(pa.Table.from_pylist(rows), folder / PREDICTIONS_FILE)
         results = {
             "tasks": summaries,
-            "models": [model.model_dump(mode="json") for model in config.asked],
+            "models": [
+                _about(model, models[model.name], run, trained.get(model.name, ())) for model in config.asked
+            ],
             "compression": list(_compression(models, tasks, summaries, config.timed)),
+            "facts": facts_of_run(stage.fingerprint),
         }
         write_atomic(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
-        write_card(folder, results, _shown_pictures(tasks, summaries), stage.fingerprint)
+        write_card(folder, results, _shown_pictures(tasks, summaries))
+        write_page(folder, results)
         return {"answers": len(rows)}
 
     stage.run(build)
@@ -123,7 +140,7 @@ def evaluate(run: RunConfig, root: Path) -> dict[str, Any]:
     return results | {"folder": str(stage.folder)}
 
 
-def _asked(model: AskedModel, run: RunConfig, root: Path) -> Iterator[Asked]:
+def _asked(model: AskedModel, run: RunConfig, root: Path, trained: Sequence[Trained]) -> Iterator[Asked]:
     """A model as it answers, once for each seed."""
     if model.endpoint is not None:
         identity = json.dumps([model.endpoint, model.served_model])
@@ -135,22 +152,52 @@ def _asked(model: AskedModel, run: RunConfig, root: Path) -> Iterator[Asked]:
             api_key=endpoint_key(),
         )
         return
+    if model.recipe is not None:
+        assert trained, f"nobody has trained {model.name!r}: that is for pipelines.compare"
+        for one in trained:
+            is_adapter = (one.folder / ADAPTER_FILE).is_file()
+            yield _local(model, *((_backbone(one.run, root), one.folder) if is_adapter else (one.folder,)))
+        return
+    if model.backbone is not None:
+        run = run.model_copy(update={"backbone": BackboneConfig(path=model.backbone)})
     backbone = _backbone(run, root)
-    about = [backbone_identity(backbone)]
     if model.adapter is None:
-        yield Asked(model.name, json.dumps(about), backbone)
+        yield _local(model, backbone)
         return
     for place in (model.adapter, *model.seeds):
-        adapter = resolve(place)
-        kind = read_settings(adapter).type
-        if model.raw and kind != "aim":
-            raise ConfigError(
-                f"evaluate.models: {model.name!r} has raw {model.raw}, demonstrations written out behind "
-                f"fused ones, but the adapter in {adapter} is of method {kind!r}, which fuses none: set raw "
-                "to 0"
-            )
-        identity = json.dumps([*about, adapter_identity(adapter), model.raw])
-        yield Asked(model.name, identity, backbone, adapter, model.raw)
+        yield _local(model, backbone, resolve(place))
+
+
+def _local(model: AskedModel, backbone: Path, adapter: Path | None = None) -> Asked:
+    """A model that is loaded here."""
+    about = [backbone_identity(backbone)]
+    if adapter is None:
+        return Asked(model.name, json.dumps(about), backbone)
+    kind = read_settings(adapter).type
+    if model.raw and kind != "aim":
+        raise ConfigError(
+            f"evaluate.models: {model.name!r} has raw {model.raw}, demonstrations written out behind "
+            f"fused ones, but the adapter in {adapter} is of method {kind!r}, which fuses none: set raw "
+            "to 0"
+        )
+    identity = json.dumps([*about, adapter_identity(adapter), model.raw])
+    return Asked(model.name, identity, backbone, adapter, model.raw)
+
+
+def _about(
+    model: AskedModel, seeds: Sequence[Asked], run: RunConfig, trained: Sequence[Trained]
+) -> dict[str, Any]:
+    """Who was asked, around which model, and how that is trained."""
+    told = model.model_dump(mode="json")
+    if model.endpoint is not None:
+        return told | {"training": None}
+    around = trained[0].run.backbone.path if trained else model.backbone or run.backbone.path
+    folders = [asked.adapter or asked.backbone for asked in seeds]
+    return told | {
+        "backbone": around,
+        "train_seeds": [one.run.train.seed for one in trained],
+        "training": training_of([folder for folder in folders if folder is not None]),
+    }
 
 
 def _backbone(run: RunConfig, root: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ def _fit(
     assert isinstance(method, Mtv) and materials.episodes is not None
     rows = read_episodes(materials.episodes)
     pictures = open_pictures(run, method, materials, rows)
+    begun = time.monotonic()
     found = method.fit(rows, pictures, seed=run.train.seed, progress=lambda _: ray.get(counter.add.remote(1)))
+    seconds = round(time.monotonic() - begun, 1)
     method.save(folder, about | {"metrics": found})
-    return dict(found)
+    # What is kept are means and a choice.
+    return {**found, "seconds": seconds, "trained_parameters": 0}

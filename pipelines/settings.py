@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 from mmicl_core.config.run import RunConfig, load_run
 from mmicl_core.errors import ConfigError
 from pipelines.arguments import Parser, find_recipe
+from pipelines.trainings import trainings_of
 
 __all__ = ["RunArguments", "parse_run"]
 
@@ -88,4 +89,8 @@ def parse_run(
         raise ConfigError(f"{reason}; `mmicl {verb} --help` says what a setting takes") from error
     recipe = None if known.recipe is None else find_recipe(known.recipe)
     values = {flag: getattr(known, flag.removeprefix("--").replace("-", "_")) for flag in own or {}}
-    return RunArguments(load_run(recipe, overrides), known.output, known.verbose, values)
+    run = load_run(recipe, overrides)
+    for model in run.evaluate.asked:
+        # A mistake in what is trained last shall not wait for all that is trained before it.
+        trainings_of(model)
+    return RunArguments(run, known.output, known.verbose, values)

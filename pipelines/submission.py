@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from cluster import jobs
@@ -20,11 +21,13 @@ from cluster.checks import Place
 from cluster.client import JobServer
 from cluster.package import checkout, inside
 from cluster.submit import describe, prepare, refuse, send
+from mmicl_core.config.evaluate import AskedModel
 from mmicl_core.config.run import RunConfig
 from mmicl_core.errors import ConfigError
 from pipelines.arguments import STAGES, Parser, find_recipe, read_stages
 from pipelines.environment import quieten, ray_token
 from pipelines.settings import parse_run
+from pipelines.trainings import trainings_of
 
 __all__ = ["submit"]
 
@@ -176,10 +179,20 @@ def _read_by_stages(run: RunConfig, evaluates: bool) -> Iterator[tuple[str, str 
         return
     yield "evaluate.adapter", run.evaluate.adapter
     for model in run.evaluate.models:
-        for folder in (model.adapter, *model.seeds):
-            yield f"evaluate.models {model.name}", folder
+        yield from ((f"evaluate.models {model.name}", path) for path in _read_by_model(model))
     for task in run.evaluate.tasks:
         yield f"evaluate.tasks {task.type}", getattr(task, "folder", None)
+
+
+def _read_by_model(model: AskedModel) -> Iterator[str | None]:
+    yield from (model.adapter, *model.seeds)
+    if model.recipe is None:
+        yield model.backbone
+        return
+    # The name of a recipe that comes along is no path.
+    yield model.recipe if Path(model.recipe).is_file() else None
+    for training in trainings_of(model)[:1]:
+        yield from (path for _, path in _read_by_stages(training, evaluates=False))
 
 
 def _read_by_serving(run: RunConfig) -> Iterator[tuple[str, str | None]]:

@@ -59,7 +59,8 @@ BYTES_OF_A_NUMBER = 4
 def train(run: RunConfig, root: Path) -> Stage:
     """Train what `run` asks for; the result, in the form that is used afterwards, is in `result`.
 
-    The manifest holds `steps`, `world_size`, `zero_stage`, `partition`, `loss_first`, `loss_last`.
+    The manifest holds `steps`, `seconds` (of all steps together, with the wait for their data),
+    `trained_parameters`, `world_size`, `zero_stage`, `partition`, `loss_first`, `loss_last`, `code`.
 
     Raises:
         ConfigError: the run cannot start: its folder, its trackers, or its settings together.
@@ -74,7 +75,7 @@ def train(run: RunConfig, root: Path) -> Stage:
     def build(folder: Path) -> dict[str, Any]:
         about = {"backbone_name": run.backbone.path, "code": code_revision()}
         if isinstance(run.method, MtvConfig):
-            return fit(run, materials, folder / RESULT, about)
+            return fit(run, materials, folder / RESULT, about) | {"code": about["code"]}
         outline = build_method(outline_backbone(materials.backbone), run.method)
         check_output(root, _checkpoint_bytes(run.train, outline))
         _announce(run.train, outline)
@@ -85,7 +86,7 @@ def train(run: RunConfig, root: Path) -> Stage:
         with counting("Training", config.steps) as counter:
             job = Job(run, materials, prepare_held_out(run, root), work, counter, watch)
             _fit(job)
-        return _collect(run, materials, work, folder, about)
+        return _collect(run, materials, work, folder, about) | {"code": about["code"]}
 
     manifest = stage.run(build)
     if "partition" in manifest:
@@ -228,7 +229,7 @@ def _collect(
     shutil.copy(work / METRICS_FILE, folder / METRICS_FILE)
     engine: dict[str, Any] = json.loads((work / ENGINE_FILE).read_text(encoding="utf-8"))
     write_training_page(folder / METRICS_FILE, _for_page(run, metrics, engine), folder / PAGE)
-    return metrics | engine
+    return metrics | engine | {"seconds": last.facts.get("seconds")}
 
 
 def _for_page(run: RunConfig, metrics: Mapping[str, Any], engine: Mapping[str, Any]) -> dict[str, Any]:

@@ -146,7 +146,9 @@ class _Worker:
         metrics = train_step(
             self.engine, micro_batches, calls, rate_of_step(step, self.train_config), self.place.at
         )
-        self._note(step, metrics, waited, time.monotonic() - begun - waited)
+        seconds = time.monotonic() - begun
+        self.facts["seconds"] = self.facts.get("seconds", 0.0) + seconds
+        self._note(step, metrics, waited, seconds - waited)
         self._count_bad(metrics, micro_batches)
 
     def _note(self, step: int, metrics: StepMetrics, waited: float, computed: float) -> None:

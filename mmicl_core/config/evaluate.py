@@ -41,6 +41,21 @@ class AskedModel(Config):
     seeds: tuple[str, ...] = ()
     """Folders of the same, trained from other seeds: scores are means over all of them, with their spread."""
 
+    recipe: str | None = None
+    """Recipe that it is trained by before it is asked, where that is not done yet: a file, or the name of one
+    that comes along. Its own section `evaluate` is not read."""
+
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """What is set otherwise than in the recipe, by names as on the command line: `{train.steps: 400}`."""
+
+    train_seeds: tuple[int, ...] = ()
+    """Seeds that it is trained from, once each, as `train.seed` and `episodes.seed`; none takes those of the
+    recipe. Scores are means over all of them, with their spread."""
+
+    backbone: str | None = None
+    """Folder of the model to ask, or to train around, or `embedded:NAME`; None takes that of the recipe, or,
+    where there is none, of this run."""
+
     raw: int = Field(default=0, ge=0)
     """Of a method that fuses demonstrations, how many of the last ones are written out behind the others."""
 
@@ -58,15 +73,33 @@ class AskedModel(Config):
                 f"model {self.name!r}: endpoint ({self.endpoint!r}) and served_model ({self.served_model!r}) "
                 "belong together: give both, or neither"
             )
-        if self.endpoint is not None and (self.adapter is not None or self.raw):
+        if self.endpoint is not None and (self.adapter or self.recipe or self.backbone or self.raw):
             raise ValueError(
-                f"model {self.name!r} is asked at {self.endpoint}, which applies its own adapter: leave "
-                "adapter and raw out"
+                f"model {self.name!r} is asked at {self.endpoint}, which applies its own adapter to its own "
+                "model: leave adapter, recipe, backbone and raw out"
             )
-        if self.adapter is None and (self.seeds or self.raw):
+        if self.adapter is None and (self.seeds or self.raw and self.recipe is None):
             raise ValueError(
                 f"model {self.name!r} has seeds or raw, which are of an adapter, but adapter is None: name "
                 "its folder"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _is_trained_or_was(self) -> Self:
+        if self.recipe is not None and self.adapter is not None:
+            raise ValueError(
+                f"model {self.name!r} is trained by recipe {self.recipe}, but adapter names {self.adapter}, "
+                "which was trained before: leave one of them out"
+            )
+        if self.recipe is None and (self.settings or self.train_seeds):
+            raise ValueError(
+                f"model {self.name!r} has settings or train_seeds, which are of a training, but recipe is "
+                "None: name one"
+            )
+        if len(set(self.train_seeds)) < len(self.train_seeds):
+            raise ValueError(
+                f"model {self.name!r} has train_seeds {list(self.train_seeds)}: name each of them once"
             )
         return self
 

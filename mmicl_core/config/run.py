@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ from mmicl_core.config.serve import ServeConfig
 from mmicl_core.config.train import TrainConfig
 from mmicl_core.errors import ConfigError
 
-__all__ = ["RunConfig", "load_run"]
+__all__ = ["RunConfig", "load_run", "nested"]
 
 
 class RunConfig(Config):
@@ -89,21 +90,36 @@ class RunConfig(Config):
         return self
 
 
-def load_run(recipe: Path | None = None, overrides: dict[str, Any] | None = None) -> RunConfig:
+def load_run(
+    recipe: Path | None = None, overrides: dict[str, Any] | None = None, told_by: str = "the command line"
+) -> RunConfig:
     """Read a recipe, or the defaults where there is none, and lay `overrides` (nested alike) over it.
+
+    Args:
+        told_by: where the overrides come from, for errors.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or holds a wrong setting.
     """
     settings = {} if recipe is None else _read(recipe)
     sources = [str(recipe)] if recipe else []
-    where = " with ".join([*sources, "the command line"] if overrides else sources)
+    where = " with ".join([*sources, told_by] if overrides else sources)
     # Sections left out take their defaults; so does the type of a method that says only other settings.
     settings = _overlay({"method": {"type": AimConfig().type}}, settings)
     try:
         return RunConfig.model_validate(_overlay(settings, overrides or {}))
     except ValidationError as error:
         raise explain(error, where) from error
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by names as on the command line, `train.steps`, as a recipe has them: in sections."""
+    sections: dict[str, Any] = {}
+    for name, value in settings.items():
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        sections = _overlay(sections, value)
+    return sections
 
 
 def _read(recipe: Path) -> dict[str, Any]:

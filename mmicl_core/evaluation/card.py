@@ -35,7 +35,7 @@ from mmicl_core.evaluation.charts import (
 )
 from mmicl_core.evaluation.pages import facts_table, picture, render_page, text, thumbnail
 
-__all__ = ["render_card"]
+__all__ = ["mark_of", "render_card", "series_of"]
 
 MOST_PIXELS = 50_000_000
 VERDICTS = {
@@ -127,7 +127,7 @@ def _task(task: Told) -> Iterator[str]:
         yield f"<p class=soft>Left out: {text(reason)} ({count:,}).</p>"
     if curves:
         title = f"{task['label']}: {task['metric']} over shots"
-        yield _plot(shots_chart(title, [_series(curve, task["scale"]) for curve in curves], measure))
+        yield _plot(shots_chart(title, [series_of(curve, task["scale"]) for curve in curves], measure))
         several = any(len(point["seeds"]) > 1 for curve in curves for point in curve["points"])
         ticks = " Small ticks to the left of them: single seeds." if several else ""
         yield f"<p class=soft>Bars: 95 % intervals.{ticks}</p>"
@@ -141,11 +141,13 @@ def _task(task: Told) -> Iterator[str]:
         yield controls_table(controls, task)
 
 
-def _series(curve: Told, scale: float) -> Series:
-    return Series(curve["model"], [_mark(point, point["shots"], scale) for point in curve["points"]])
+def series_of(curve: Told, scale: float) -> Series:
+    """A curve over shots."""
+    return Series(curve["model"], [mark_of(point, point["shots"], scale) for point in curve["points"]])
 
 
-def _mark(told: Told, place: float, scale: float) -> Mark:
+def mark_of(told: Told, place: float, scale: float) -> Mark:
+    """A value with its bounds, where it belongs in a chart."""
     value, low, high = (told[name] * scale for name in ("value", "low", "high"))
     seeds = [one * scale for one in told.get("seeds", ())]
     # A single seed is the value itself.
@@ -193,7 +195,7 @@ def _compression_chart(rows: Sequence[Told], task: Told) -> Iterator[str]:
     marks: dict[str, list[Mark]] = {}
     for row in rows:
         if row["prompt_tokens"] and row["value"] is not None:
-            mark = _mark(row, row["prompt_tokens"], task["scale"])
+            mark = mark_of(row, row["prompt_tokens"], task["scale"])
             marks.setdefault(row["model"], []).append(mark)
     if marks:
         title = f"{task['label']}: {task['metric']} over tokens of the prompt"

@@ -19,7 +19,11 @@ __all__ = [
     "compression_table",
     "controls_table",
     "curves_of",
+    "difference_told",
+    "interval_told",
     "measure_of",
+    "number_told",
+    "probability_told",
     "shots_of",
     "values_table",
 ]
@@ -66,7 +70,7 @@ def controls_table(controls: Sequence[Told], task: Told) -> str:
     for control in controls:
         kind, met = MET[control["met"]]
         asked = [text(control["model"]), text(control["label"]), str(control["shots"])]
-        found = [_difference(control, task, "difference_"), EXPECTED[control["expected"]]]
+        found = [difference_told(control, task, "difference_"), EXPECTED[control["expected"]]]
         rows.append([*asked, *found, f"<span class={kind}>{met}</span>"])
     return _table(("model", "control", "shots", "difference", "expected", "met"), rows, (2, 3))
 
@@ -78,11 +82,11 @@ def compression_table(rows: Sequence[Told], task: Told) -> str:
         [
             text(row["model"]),
             str(row["shots"]),
-            DASH if row["value"] is None else _interval(row, task),
-            _number(row["prompt_tokens"], "{:,.0f}"),
-            _number(row["kv_bytes"], "{:,.1f}", 1 / 2**20),
-            _number(row["ttft_ms"], "{:,.0f}"),
-            _number(row["tokens_per_second"], "{:,.1f}"),
+            DASH if row["value"] is None else interval_told(row, task),
+            number_told(row["prompt_tokens"], "{:,.0f}"),
+            number_told(row["kv_bytes"], "{:,.1f}", 1 / 2**20),
+            number_told(row["ttft_ms"], "{:,.0f}"),
+            number_told(row["tokens_per_second"], "{:,.1f}"),
         ]
         for row in rows
     ]
@@ -96,8 +100,8 @@ def comparisons_table(tasks: Sequence[Told]) -> Iterator[str]:
             text(task["label"]),
             text(found["first"]) + _other(found),
             _compared_shots(found),
-            _difference(found, task),
-            "&lt; 0.001" if found["p_value"] < 0.001 else f"{found['p_value']:.3f}",
+            difference_told(found, task),
+            escape(probability_told(found["p_value"])),
             _smallest(found, task),
             text(found["method"]),
         ]
@@ -151,7 +155,8 @@ def _counted(controls: Sequence[Told]) -> str:
     return f"{met.count(True)} of {len(met)}{unknown}"
 
 
-def _number(value: float | None, form: str, factor: float = 1) -> str:
+def number_told(value: float | None, form: str, factor: float = 1) -> str:
+    """A number in a form, or a dash where there is none."""
     return DASH if value is None else form.format(value * factor)
 
 
@@ -170,16 +175,22 @@ def _smallest(found: Told, task: Told) -> str:
     return DASH if least is None else measure_of(task).tell(least * task["scale"])
 
 
-def _interval(told: Told, task: Told) -> str:
+def probability_told(value: float) -> str:
+    """A p-value."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def interval_told(told: Told, task: Told) -> str:
+    """A value of a task with its bounds."""
     return measure_of(task).tell_interval(*(told[name] * task["scale"] for name in ("value", "low", "high")))
 
 
 def _stacked(told: Told, task: Told) -> str:
-    value, bounds = _interval(told, task).split(" ", 1)
+    value, bounds = interval_told(told, task).split(" ", 1)
     return f"{value}<br><span class=soft>{bounds}</span>"
 
 
-def _difference(told: Told, task: Told, bounds: str = "") -> str:
+def difference_told(told: Told, task: Told, bounds: str = "") -> str:
     """A difference with its bounds, each with its sign."""
     digits = measure_of(task).digits
     value, low, high = (

@@ -64,7 +64,7 @@ class Mark:
     """A value where it was measured, as it is shown: scaled."""
 
     place: float
-    """Shots, or tokens of a prompt."""
+    """Shots, or what a prompt costs."""
     value: float
     low: float
     high: float
@@ -129,14 +129,18 @@ def shots_chart(title: str, series: Sequence[Series], measure: Measure) -> str:
         return to_svg(figure, title, _described(series, measure, "shots"))
 
 
-def compression_chart(title: str, series: Sequence[Series], measure: Measure) -> str:
-    """Values over the tokens of a prompt, on a logarithmic axis; each mark has its label, the shots.
+def compression_chart(
+    title: str, series: Sequence[Series], measure: Measure, unit: str = "tokens", of: str = "the prompt"
+) -> str:
+    """Values over what a prompt costs, on a logarithmic axis; each mark has its label, the shots.
 
     Args:
-        series: at least one, each with at least one mark; their places are tokens, above 0.
+        series: at least one, each with at least one mark; their places are costs, above 0.
+        unit: of the costs.
+        of: what they are the costs of.
     """
-    tokens = [mark.place for line in series for mark in line.marks]
-    low, high = min(tokens) / 1.2, max(tokens) * 1.2
+    costs = [mark.place for line in series for mark in line.marks]
+    low, high = min(costs) / 1.2, max(costs) * 1.2
     with look():
         figure, axes = _frame(series)
         axes.set_xscale("log")
@@ -146,10 +150,10 @@ def compression_chart(title: str, series: Sequence[Series], measure: Measure) ->
         _set_heights(axes, series, measure)
         _label(axes, series)
         ticks = log_ticks(low, high)
-        axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+        axes.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
         axes.set_xticks([], minor=True)
-        axes.set_xlabel("tokens of the prompt, logarithmic; beside each point its shots")
-        return to_svg(figure, title, _described(series, measure, "tokens"))
+        axes.set_xlabel(f"{unit} of {of}, logarithmic; beside each point its shots")
+        return to_svg(figure, title, _described(series, measure, unit))
 
 
 def controls_chart(title: str, controls: Sequence[Control], measure: Measure) -> str:

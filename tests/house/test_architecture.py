@@ -54,7 +54,7 @@ HEAVY = {"torch", "transformers", "deepspeed", "matplotlib", "ray.train", "ray.d
 
 # Programs stand beside each other; only what arranges them imports one.
 PROGRAMS = ("pipelines.train", "pipelines.evaluate", "pipelines.serve", "pipelines.quickstart")
-ARRANGERS = ("pipelines.cli", "pipelines.quickstart")
+ARRANGERS = ("pipelines.cli", "pipelines.compare", "pipelines.quickstart")
 
 # Library -> where it may be imported.
 LIBRARY_HOMES = {

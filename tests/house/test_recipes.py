@@ -5,8 +5,13 @@ import json
 import pytest
 import yaml
 
+from mmicl_core.assets import EMBEDDED, resolve
+from mmicl_core.backbones.hugging_face import outline_backbone
+from mmicl_core.config.model import BackboneConfig
 from mmicl_core.config.run import RunConfig, load_run
+from mmicl_core.methods import build_method
 from pipelines.arguments import RECIPES
+from pipelines.trainings import trainings_of
 
 ALL = sorted(RECIPES.glob("*.yaml"))
 
@@ -34,3 +39,14 @@ def test_recipe_states_only_what_differs_from_the_defaults(recipe):
         repeated = [name for name, value in settings.items() if name in plain and value == plain[name]]
         repeated = [name for name in repeated if name != "type"]
         assert repeated == [], f"{section}: defaults already say this"
+
+
+@pytest.mark.parametrize("recipe", ALL, ids=lambda path: path.stem)
+def test_models_that_a_recipe_asks_can_be_trained_and_no_two_of_them_are_the_same(recipe):
+    trainings = [run for model in load_run(recipe).evaluate.models for run in trainings_of(model)]
+    assert all(run not in trainings[:place] for place, run in enumerate(trainings))
+    assert all(run.corpus.path.startswith(EMBEDDED) for run in trainings), "another one has to be made first"
+    for run in trainings:
+        # What is new is as large as what is embedded.
+        path = run.backbone.path if run.backbone.path.startswith(EMBEDDED) else BackboneConfig().path
+        assert build_method(outline_backbone(resolve(path)), run.method).trainable()

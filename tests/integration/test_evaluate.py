@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import socket
 import time
 from collections import Counter
@@ -25,11 +26,12 @@ from mmicl_core.config.evaluation_tasks import NamingConfig
 from mmicl_core.config.run import RunConfig
 from mmicl_core.config.serve import ServeConfig
 from mmicl_core.evaluation.endpoint import AT_ONCE
+from pipelines.compare import compare
 from pipelines.evaluate import evaluate
 from pipelines.serve import app
 from tests.chat_server import ChatServer
 from tests.commands import Command
-from tests.fakes import write_corpus
+from tests.fakes import tiny_backbone, write_corpus
 from tests.methods import make_method
 
 QUERIES, BATCH, WORKERS = 24, 4, 2
@@ -73,7 +75,7 @@ def undisturbed(
     assert code == 0, err
     assert max(Counter(server.asked).values()) == 1
     assert (root / "answers.sqlite").exists()
-    for name in ("card.html", "card.json", "results.json"):
+    for name in ("card.html", "card.json", "results.json", "results.md"):
         assert list(root.glob(f"evaluate-*/{name}")), name
     return _results(out)
 
@@ -182,6 +184,66 @@ def test_method_trained_from_three_seeds_is_told_with_its_mean_and_spread(
     assert point["deviation"] == pytest.approx(stdev(by_seed))
     for adapter in adapters:
         assert (Path(adapter) / "card.html").is_file()
+
+
+def _recipe(folder: Path, corpus: str, **settings: Any) -> str:
+    """A training of seconds on the tiny corpus, around a tiny model."""
+    shots = {"min_shots_of_both_classes": 2, "max_shots_of_both_classes": 2}
+    recipe = {
+        "corpus": {"path": corpus},
+        "neighbours": {"count": 2},
+        "backbone": {"path": str(folder / "backbone")},
+        "episodes": {"stages": [{"episodes": 8, **shots}]},
+        "train": {"global_batch": 4, "micro_batch": 4, "num_workers": 1, "steps": 1},
+        **settings,
+    }
+    path = folder / f"{settings['method']['type']}.yaml"
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    return str(path)
+
+
+def test_models_of_recipes_are_trained_once_each_from_every_seed_and_asked(
+    ray_cluster: None, corpus: str, tmp_path: Path
+) -> None:
+    tiny_backbone().save(tmp_path / "backbone")
+    fitted = _recipe(tmp_path, corpus, method={"type": "mtv", "prompts": 3, "shots": 2, "samples": 2})
+    whole = _recipe(tmp_path, corpus, method={"type": "lcl"})
+    models = (
+        AskedModel(name="plain", backbone=str(tmp_path / "backbone")),
+        AskedModel(name="fitted", recipe=fitted, settings={"method.steps": 2}, train_seeds=(0, 1)),
+        AskedModel(name="whole", recipe=whole, settings={"train.steps": 2}),
+    )
+    run = RunConfig(
+        corpus=CorpusConfig(path=corpus),
+        neighbours=NeighbourConfig(count=2),
+        evaluate=EvaluateConfig(
+            tasks=(NamingConfig(part="train"),),
+            models=models,
+            shots=(0, 2),
+            queries=4,
+            num_workers=1,
+            timed=0,
+        ),
+    )
+    root = tmp_path / "runs"
+    results = compare(run, root)
+    assert len(list(root.glob("train-mtv-*"))) == 2 and len(list(root.glob("train-lcl-*"))) == 1
+    plain, mtv, lcl = results["models"]
+    assert plain["training"] is None and plain["backbone"] == mtv["backbone"] == str(tmp_path / "backbone")
+    assert (mtv["training"]["method"], mtv["training"]["trained_parameters"]) == ("mtv", 0)
+    assert len(mtv["training"]["seconds"]) == 2 and mtv["train_seeds"] == [0, 1]
+    assert lcl["training"]["steps"] == [2] and lcl["training"]["seconds"][0] > 0
+    assert lcl["training"]["trained_parameters"] > 10_000
+    points = {curve["model"]: curve["points"] for curve in results["tasks"][0]["curves"]}
+    assert [len(points[name][-1]["seeds"]) for name in ("plain", "fitted", "whole")] == [0, 2, 0]
+    page = (Path(results["folder"]) / "results.md").read_text(encoding="utf-8")
+    assert "| fitted |" in page and "lcl.yaml" in page
+    shown = re.findall(r"\]\((plots/[^)]+)\)", page)
+    assert shown and all((Path(results["folder"]) / plot).is_file() for plot in shown)
+
+    before = {made: made.stat().st_mtime_ns for made in root.glob("*/_manifest.json")}
+    assert compare(run, root) == results
+    assert {made: made.stat().st_mtime_ns for made in root.glob("*/_manifest.json")} == before
 
 
 @pytest.fixture

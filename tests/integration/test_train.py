@@ -189,7 +189,9 @@ def test_run_stopped_and_resumed_on_one_worker_ends_like_an_uninterrupted_one(
             train(short, root)
     stopped = root / f"{_stage(short, root).folder.name}.work"
     newest = Checkpoints(stopped / CHECKPOINT).newest()
-    assert newest is not None and load_state(newest, _shapes(method)).step == STOPPED_AT
+    assert newest is not None
+    state = load_state(newest, _shapes(method))
+    assert state.step == STOPPED_AT and state.facts["seconds"] > 0
     assert not _stage(short, root).complete
 
     # Settings name a run, so what the stopped one left is laid where the longer one looks for it.
@@ -197,6 +199,8 @@ def test_run_stopped_and_resumed_on_one_worker_ends_like_an_uninterrupted_one(
     shutil.copytree(stopped, root / f"{_stage(long, root).folder.name}.work")
     resumed = train(long, root).folder
     assert read_manifest(resumed)["world_size"] == 1
+    # Those before the stop count too.
+    assert read_manifest(resumed)["seconds"] > state.facts["seconds"]
     # Gradients are summed in another order, and Muon, which multiplies in bf16, doubles what that makes
     # with every step or two: six to eight steps after the stop it is 1e-4 on some processors, 4e-4 on others.
     # Without the moments of the checkpoint, losses after the stop differ by more than 0.01.

@@ -98,6 +98,10 @@ def test_mistake_ends_the_process_with_one_sentence_and_code_2(tmp_path):
         (["train", "--recipe", "nowhere"], "recipe nowhere does not exist"),
         (["train", "--output", "/dev/null/x"], "--output /dev/null/x cannot be a folder"),
         (["evaluate", "--evaluate.queries", "0"], "evaluate.queries: "),
+        (
+            ["chain", "--evaluate.models", '[{"name": "a", "recipe": "nowhere"}]'],
+            "evaluate.models: 'a': recipe nowhere does not exist",
+        ),
         (["quickstart", "--outptu", "x"], "unrecognized arguments: --outptu"),
         (["quickstart", "--recipe", "nowhere"], "recipe nowhere does not exist"),
         (["config"], "required: ACTION"),
@@ -156,7 +160,7 @@ def test_config_schema_is_json_schema_of_every_section(capsys):
 
 def test_verb_runs_its_program_with_settings_and_folder(capsys, tmp_path, no_ray, program):
     seen = []
-    program("pipelines.evaluate", "evaluate", lambda run, root: seen.append((run, root)) or [{"adapted": 1}])
+    program("pipelines.compare", "compare", lambda run, root: seen.append((run, root)) or [{"adapted": 1}])
     folder = tmp_path / "a" / "b"
     assert cli.main(["evaluate", "--output", str(folder), "--evaluate.queries", "9"]) == 0
     ((run, root),) = seen
@@ -172,7 +176,7 @@ def test_mistake_found_by_a_program_is_one_sentence_after_the_cluster_is_down(
     def fail(run, root):
         raise DataError("corpus x holds no shard")
 
-    program("pipelines.evaluate", "evaluate", fail)
+    program("pipelines.compare", "compare", fail)
     assert cli.main(["evaluate", "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "mmicl: corpus x holds no shard\n"
     assert no_ray[-1] == "down"
@@ -219,7 +223,7 @@ def test_mistake_found_by_a_worker_is_told_without_the_tracebacks_around_it(
     def fail(run, root):
         raise WorkerError
 
-    program("pipelines.evaluate", "evaluate", fail)
+    program("pipelines.compare", "compare", fail)
     assert cli.main(["evaluate", "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "mmicl: projection has shape [3], not [4]\n"
 
@@ -228,7 +232,7 @@ def test_bug_keeps_its_traceback(tmp_path, no_ray, program):
     def fail(run, root):
         raise ZeroDivisionError
 
-    program("pipelines.evaluate", "evaluate", fail)
+    program("pipelines.compare", "compare", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["evaluate", "--output", str(tmp_path)])
     assert no_ray[-1] == "down"
@@ -238,7 +242,7 @@ def test_interruption_stops_what_was_started_and_gives_130(capsys, tmp_path, no_
     def interrupt(run, root):
         raise KeyboardInterrupt
 
-    program("pipelines.evaluate", "evaluate", interrupt)
+    program("pipelines.compare", "compare", interrupt)
     assert cli.main(["evaluate", "--output", str(tmp_path)]) == 130
     assert no_ray[-1] == "down"
     assert capsys.readouterr().err == "mmicl: stopped\n"

@@ -297,6 +297,18 @@ def test_settings_of_a_verb_that_is_not_run_do_not_matter(capsys, server):
     assert wrong.startswith("serve.adapters mine mine is relative")
 
 
+def test_what_the_models_of_an_evaluation_are_trained_on_is_looked_for_too(capsys, server):
+    def wrong(**model):
+        models = json.dumps([{"name": "mine", "recipe": "lora_nano", **model}])
+        return storage(capsys, server, "evaluate", *OUTPUT, "--evaluate.models", models)
+
+    assert wrong() == wrong(backbone="embedded:nano") == []
+    (corpus,) = wrong(settings={"corpus.path": "pairs"}, train_seeds=[0, 1])
+    assert corpus.startswith("evaluate.models mine pairs is relative")
+    (backbone,) = wrong(backbone="smol")
+    assert backbone.startswith("evaluate.models mine smol is relative")
+
+
 def test_detached_submission_sends_the_package_and_prints_the_job(capsys, server):
     code, out, err = run(
         capsys, "train", *OUTPUT, "--address", server.address, "--detach", "--name", "mine.1"

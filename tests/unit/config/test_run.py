@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from mmicl_core.config.model import AimConfig, LclConfig
-from mmicl_core.config.run import RunConfig, load_run
+from mmicl_core.config.run import RunConfig, load_run, nested
 from mmicl_core.errors import ConfigError
 
 
@@ -79,6 +79,17 @@ def test_mistake_in_an_override_names_the_command_line(tmp_path):
         load_run(recipe, {"train": {"steps": "x"}})
     with pytest.raises(ConfigError, match=r"^the command line: train\.steps"):
         load_run(None, {"train": {"steps": "x"}})
+
+
+def test_settings_by_name_become_those_of_a_recipe_and_leave_their_neighbours(tmp_path):
+    named = {"train.steps": 9, "train.zero.stage": 2, "episodes.stages": [{"episodes": 3}]}
+    recipe = write(tmp_path, "train:\n  seed: 3\n  zero: {nvme_path: here}\n")
+    run = load_run(recipe, nested(named), "its settings")
+    assert (run.train.steps, run.train.seed) == (9, 3)
+    assert (run.train.zero.stage, run.train.zero.nvme_path) == (2, "here")
+    assert [stage.episodes for stage in run.episodes.stages] == [3]
+    with pytest.raises(ConfigError, match=r"run\.yaml with its settings: train\.zero\.stag is not a setting"):
+        load_run(recipe, nested({"train.zero.stag": 2}), "its settings")
 
 
 @pytest.mark.parametrize(
@@ -178,8 +189,17 @@ def test_pairs_that_a_batch_would_split_are_refused(train):
         ({"models": [{"name": "a", "endpoint": "http://x/v1"}]}, "served_model .* belong together"),
         (
             {"models": [{"name": "a", "endpoint": "http://x/v1", "served_model": "m", "raw": 1}]},
-            "leave adapter and raw out",
+            "leave adapter, recipe, backbone and raw out",
         ),
+        (
+            {"models": [{"name": "a", "endpoint": "http://x/v1", "served_model": "m", "recipe": "r"}]},
+            "'a' is asked at http://x/v1.*leave",
+        ),
+        ({"models": [{"name": "a", "recipe": "r", "adapter": "f"}]}, "by recipe r, but adapter names f"),
+        ({"models": [{"name": "a", "settings": {"train.steps": 1}}]}, "'a' has settings .* recipe is None"),
+        ({"models": [{"name": "a", "train_seeds": [0]}]}, "'a' has .* train_seeds.* recipe is None"),
+        ({"models": [{"name": "a", "recipe": "r", "train_seeds": [1, 1]}]}, r"\[1, 1\]: name each"),
+        ({"models": [{"name": "a", "recipe": "r", "seeds": ["f"]}]}, "adapter is None: name its folder"),
         ({"models": [{"name": "a", "raw": 1}]}, "adapter is None: name its folder"),
         ({"models": [{"name": "a"}], "adapter": "folder"}, "say who is asked: put it there"),
         ({"shots": [4, 2]}, r"shots are \[4, 2\]: name each number once, in order"),
