@@ -36,7 +36,7 @@ __all__ = [
 
 POLL_SECONDS = 0.02
 END_SECONDS = 400
-EPISODES, MANY = 60, 6000
+EPISODES, MANY = 60, 24_000
 Flags = Mapping[str, Any]
 
 
