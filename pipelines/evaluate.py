@@ -40,7 +40,7 @@ from mmicl_core.evaluation.tasks.base import Questions
 from mmicl_core.methods import read_settings
 from mmicl_core.methods.adapter import CONFIG_FILE as ADAPTER_FILE
 from mmicl_core.methods.adapter import adapter_identity
-from pipelines.answers import AnswerStore, Asked, ask, measure
+from pipelines.answers import AnswerStore, Asked, Batch, ask, measure
 from pipelines.cards import CARD_FILES, compression_row, examples, write_card, write_page
 from pipelines.environment import endpoint_key
 from pipelines.episodes import describe
@@ -247,27 +247,28 @@ def _ask_all(
     config: EvaluateConfig,
     store: AnswerStore,
 ) -> dict[str, Reply]:
-    replies: dict[str, Reply] = {}
     sources = [cells.layout.questions.pictures for cells in tasks]
-    for asked in (one for seeds in models.values() for one in seeds):
-        batches = list(_batches(asked, tasks, config.batch))
-        total = sum(len(requests) for _, requests in batches)
-        with counting(f"Asking {asked.name}", total) as counter:
-            replies |= ask(asked, batches, sources, store, config.num_workers, counter)
-    return replies
-
-
-def _batches(asked: Asked, tasks: Sequence[_Cells], size: int) -> Iterator[tuple[int, dict[str, Request]]]:
-    """Requests by key, each with the number of its task; prompts of one cell together, as they are of about
-    one length, and what several cells ask once."""
     seen = set[str]()
+    batches = [
+        batch
+        for seeds in models.values()
+        for asked in seeds
+        for batch in _batches(asked, tasks, config.batch, seen)
+    ]
+    with counting("Asking", len(seen)) as counter:
+        return ask(batches, sources, store, config.num_workers, counter)
+
+
+def _batches(asked: Asked, tasks: Sequence[_Cells], size: int, seen: set[str]) -> Iterator[Batch]:
+    """Prompts of one cell together, as they are of about one length; what was not seen yet, as several cells
+    may ask it."""
     for number, cells in enumerate(tasks):
         for keys, requests in zip(cells.keys(asked), cells.requests, strict=True):
             fresh = {key: request for key, request in zip(keys, requests, strict=True) if key not in seen}
             seen |= fresh.keys()
             pairs = iter(fresh.items())
             while some := dict(islice(pairs, size)):
-                yield number, some
+                yield Batch(asked, number, some)
 
 
 def _scores(
@@ -336,8 +337,9 @@ def _compression(
         if cell.control is None
         for request in requests[:timed]
     ]
-    for name, (first, *_) in models.items():
-        costs = measure(first, [(number, request) for number, _, request in asked], sources)
+    requests = [(number, request) for number, _, request in asked]
+    measured = measure([first for first, *_ in models.values()], requests, sources)
+    for name, costs in zip(models, measured, strict=True):
         for number, summary in enumerate(summaries):
             (curve,) = (curve for curve in summary["curves"] if curve["model"] == name)
             for point in curve["points"]:
