@@ -265,7 +265,7 @@ def _batches(asked: Asked, tasks: Sequence[_Cells], size: int, seen: set[str]) -
     for number, cells in enumerate(tasks):
         for keys, requests in zip(cells.keys(asked), cells.requests, strict=True):
             fresh = {key: request for key, request in zip(keys, requests, strict=True) if key not in seen}
-            seen |= fresh.keys()
+            seen.update(fresh)
             pairs = iter(fresh.items())
             while some := dict(islice(pairs, size)):
                 yield Batch(asked, number, some)

@@ -95,18 +95,18 @@ class _Clock:
 
 def _evaluate(run: RunConfig, trained: Stage, root: Path) -> dict[str, Any]:
     """The adapter just trained beside the plain model, and the shipped one."""
-    asked = evaluate(_with_evaluation(run, adapter=str(trained.folder / RESULT)), root)
+    models = (
+        AskedModel(name="full"),
+        AskedModel(name="shipped", adapter=SHIPPED_ADAPTER),
+        AskedModel(name="adapted", adapter=str(trained.folder / RESULT)),
+    )
+    config = run.evaluate.model_copy(update={"models": models})
+    asked = evaluate(run.model_copy(update={"evaluate": config}), root)
     (task,), most = asked["tasks"], max(run.evaluate.shots)
-    shipped = (AskedModel(name="shipped", adapter=SHIPPED_ADAPTER),)
-    changes = {"models": shipped, "shots": (most,), "controls": ()}
-    (beside,) = evaluate(_with_evaluation(run, **changes), root)["tasks"]
-    none, full, adapted = (_point(task, *place) for place in (("full", 0), ("full", most), ("adapted", most)))
     swapped = next(one for one in task["controls"] if (one["model"], one["control"]) == ("full", "swapped"))
     scores = {
-        "zero_shot": none,
-        "full": full,
-        "adapted": adapted,
-        "shipped": _point(beside, "shipped", most),
+        "zero_shot": _point(task, "full", 0),
+        **{model.name: _point(task, model.name, most) for model in models},
         "swapped": swapped,
     }
     told = {
@@ -114,7 +114,7 @@ def _evaluate(run: RunConfig, trained: Stage, root: Path) -> dict[str, Any]:
         for name, score in scores.items()
     }
     tokens = {
-        f"demonstration_{name}": (scores[name]["prompt_tokens"] - none["prompt_tokens"]) / most
+        f"demonstration_{name}": (scores[name]["prompt_tokens"] - scores["zero_shot"]["prompt_tokens"]) / most
         for name in ("full", "adapted")
     }
     about = {"shots": most, "queries": task["queries"], "folder": asked["folder"]}
@@ -126,10 +126,6 @@ def _point(task: Mapping[str, Any], model: str, shots: int) -> Mapping[str, Any]
     (point,) = (point for point in curve["points"] if point["shots"] == shots)
     found: Mapping[str, Any] = point
     return found
-
-
-def _with_evaluation(run: RunConfig, **changes: Any) -> RunConfig:
-    return run.model_copy(update={"evaluate": run.evaluate.model_copy(update=changes)})
 
 
 def _episode_counts(trained: Stage) -> dict[str, Any]:
