@@ -18,7 +18,7 @@ from tests.benchmarks.records import Figures
 from tests.nodes import Cluster, namespaces_are_allowed
 from tests.submitted import Job, drawing
 
-EPISODES, OF_A_FILE, ROUNDS = 60_000, 500, 3
+EPISODES, OF_A_FILE, ROUNDS = 300_000, 2_500, 3
 FASTER = 1.7
 DRAWING = re.compile(r"Drawing train episodes: (\d+) s")
 
