@@ -73,6 +73,9 @@ DEFAULTS: Mapping[str, str] = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # How long a connection may be without an answer from a node that is cut off. A replica that reports to
+    # one is stuck meanwhile with all that it was asked; Ray's own two minutes outlast what waits for it.
+    "RAY_grpc_client_keepalive_timeout_ms": "20000",
     # Nothing is sent anywhere.
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
