@@ -60,10 +60,10 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # Editable, so that an edit needs no second installation; the stamp comes last, so that a broken
-# installation is made again. pip would compile what it installs on one core; a few files that packages
-# bring along are templates, which do not compile.
+# installation is made again. pip would compile what it installs on one core, and our own files not at all; a
+# few that packages bring along are templates, which do not compile.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[backbone,captions,corpus,nlp,tensorboard,wandb,mlflow,test,check]'
-	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > $(VENV)/compiled.txt 2>&1 || true
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib mmicl_core pipelines tests > $(VENV)/compiled.txt 2>&1 || true
 	touch $(STAMP)
