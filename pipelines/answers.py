@@ -217,14 +217,13 @@ class _Worker:
         return carried(lambda: self._answers(rows))
 
     def _answers(self, rows: pa.Table) -> pa.Table:
-        told, asked = [], None
-        for row in rows.to_pylist():
-            asked = self._models[row["model"]]
-            requests = [Request.from_json(line) for line in row["requests"]]
-            replies = self._loaded.take(asked).answer(requests, self._sources[row["source"]])
-            told += [
-                {"key": key, "reply": json.dumps(vars(reply))}
-                for key, reply in zip(row["keys"], replies, strict=True)
-            ]
-        ray.get(self._counter.add.remote(len(told), asked.name if asked else ""))
+        (row,) = rows.to_pylist()
+        asked = self._models[row["model"]]
+        requests = [Request.from_json(line) for line in row["requests"]]
+        replies = self._loaded.take(asked).answer(requests, self._sources[row["source"]])
+        told = [
+            {"key": key, "reply": json.dumps(vars(reply))}
+            for key, reply in zip(row["keys"], replies, strict=True)
+        ]
+        ray.get(self._counter.add.remote(len(told), asked.name))
         return pa.Table.from_pylist(told)

@@ -35,6 +35,7 @@ from tests.fakes import tiny_backbone, write_corpus
 from tests.methods import make_method
 
 QUERIES, BATCH, WORKERS = 24, 4, 2
+NAMES = ("copies", "the same under another name")
 CELLS = 4
 """Of 0 and 4 shots, and the two controls."""
 
@@ -45,7 +46,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _arguments(corpus: str, root: Path, url: str) -> list[str]:
-    models = [{"name": "copies", "endpoint": url, "served_model": "copies"}]
+    models = [{"name": name, "endpoint": url, "served_model": "copies"} for name in NAMES]
     settings = {
         "tasks": [{"type": "two_way", "part": "train"}],
         "models": models,
@@ -74,6 +75,7 @@ def undisturbed(
         code, out, err = command.end()
     assert code == 0, err
     assert max(Counter(server.asked).values()) == 1
+    assert f"Asking: {CELLS * QUERIES} to do" in err
     assert (root / "answers.sqlite").exists()
     for name in ("card.html", "card.json", "results.json", "results.md"):
         assert list(root.glob(f"evaluate-*/{name}")), name
@@ -82,8 +84,9 @@ def undisturbed(
 
 def test_model_that_copies_its_last_demonstration_is_found_out(undisturbed: Any) -> None:
     task, rows = undisturbed
-    assert len(rows) == CELLS * QUERIES
-    (curve,) = task["curves"]
+    assert len(rows) == len(NAMES) * CELLS * QUERIES
+    curve, same = task["curves"]
+    assert curve["points"] == same["points"]
     none, some = curve["points"]
     assert none["value"] == 0
     # It is one of two classes, by chance that of the query.
